@@ -1,0 +1,234 @@
+"""Typed configuration: dataclasses -> command line and YAML, with Megatron's flag names.
+
+One dataclass per concern; every field is a flag (``tensor_model_parallel_size`` is ``--tensor-model-parallel-size``) and a
+YAML key of the same name.  YAML is turned into flags placed before the user's own, so one parser (tyro) types and checks
+both, and the command line wins.  `check` refuses wrong combinations with the remedy, before any process group starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import tyro
+import yaml
+
+from gram_engine.errors import ConfigError
+from gram_engine.fileio import write_atomically
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the LLaMA model. Give a preset, a Hugging Face folder (--load-hf), or the fields one by one."""
+
+    model: Optional[str] = None
+    """Preset that fills the fields below: see gram_engine/model/presets.py (tiny, llama-3.2-1b, llama-3.1-8b ...)."""
+    num_layers: Optional[int] = None
+    """Transformer layers."""
+    hidden_size: Optional[int] = None
+    """Width of the residual stream."""
+    ffn_hidden_size: Optional[int] = None
+    """Width of the SwiGLU feed-forward layer."""
+    num_attention_heads: Optional[int] = None
+    """Query heads."""
+    num_query_groups: Optional[int] = None
+    """Key/value heads (grouped-query attention); default: as many as query heads."""
+    kv_channels: Optional[int] = None
+    """Dimension of one head; default: hidden_size / num_attention_heads."""
+    vocab_size: Optional[int] = None
+    """Rows of the embedding before padding; default: the tokenizer's size."""
+    make_vocab_size_divisible_by: int = 32
+    """The embedding is padded to a multiple of this times the tensor-parallel size."""
+    max_position_embeddings: Optional[int] = None
+    """Longest sequence the exported model announces; default: --seq-length."""
+    rotary_base: Optional[float] = None
+    """Base of the rotary position embedding (Hugging Face: rope_theta); default: 10000."""
+    rope_scaling_factor: Optional[float] = None
+    """LLaMA-3.1 rotary scaling: 8 for 3.1, 32 for 3.2; unset: no scaling."""
+    norm_epsilon: Optional[float] = None
+    """Epsilon of RMSNorm; default: 1e-5."""
+    untie_embeddings_and_output_weights: Optional[bool] = None
+    """Give the output layer a weight of its own; default: untied (LLaMA-3.2 1B and 3B are tied)."""
+    init_method_std: float = 0.02
+    """Standard deviation of the random initialisation."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layers: Transformer Engine where installed and a GPU is used, else local ones; or force one."""
+    load_hf: Optional[str] = None
+    """Start from the weights, shape and (unless --tokenizer-model is given) tokenizer of this Hugging Face LLaMA folder."""
+    transformer_config: tuple[str, ...] = ()
+    """KEY=VALUE pairs handed to megatron-core's TransformerConfig as they are, e.g. attention_softmax_in_fp32=true."""
+
+
+@dataclass
+class DataConfig:
+    """Preference data, tokenizer and judge template."""
+
+    data: tuple[str, ...] = ()
+    """Training files (JSONL, JSON, .gz, Parquet): preprocessed on first use into --data-cache-path."""
+    valid_data: tuple[str, ...] = ()
+    """Validation files, read like --data, with both orders of every pair."""
+    data_path: Optional[str] = None
+    """Prefix of preprocessed training data (tools/preprocess_data.py), instead of --data."""
+    valid_data_path: Optional[str] = None
+    """Prefix of preprocessed validation data, instead of --valid-data."""
+    data_cache_path: str = "runs/data-cache"
+    """Where --data and --valid-data are preprocessed to; must be seen by every node."""
+    tokenizer_type: Literal["auto", "SentencePieceTokenizer", "HuggingFaceTokenizer"] = "auto"
+    """Kind of tokenizer; auto: SentencePiece for a .model file, Hugging Face for a folder."""
+    tokenizer_model: Optional[str] = None
+    """SentencePiece .model file or Hugging Face tokenizer folder."""
+    template: str = "gram-code"
+    """Judge template: gram-code (the authors' code), gram-paper (Figure 7), or the path of a template file."""
+    pair_order: Literal["random", "both"] = "random"
+    """Each pair once, in a seeded random order of its two responses, or in both orders."""
+    ties: Literal["half", "drop"] = "half"
+    """Pairs without a winner: train towards 1/2, or drop them (stage 2)."""
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """Samples over --seq-length: shorten the responses evenly, drop the sample, or stop."""
+    skip_bad_rows: bool = False
+    """Count bad rows and write them to PREFIX.rejects.jsonl instead of stopping at the first."""
+    seq_length: int = 2048
+    """Most tokens in one sample."""
+    preprocess_workers: int = 1
+    """Processes that tokenise --data."""
+    prompt_key: Optional[str] = None
+    """Field that holds the prompt, where it is not one of the usual names."""
+    chosen_key: Optional[str] = None
+    """Field that holds the preferred response, where it is not one of the usual names."""
+    rejected_key: Optional[str] = None
+    """Field that holds the other response, where it is not one of the usual names."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the model and the data are spread over processes (data parallel = processes / (TP x PP))."""
+
+    tensor_model_parallel_size: int = 1
+    """TP: processes that share each layer."""
+    pipeline_model_parallel_size: int = 1
+    """PP: pipeline stages."""
+    num_layers_per_virtual_pipeline_stage: Optional[int] = None
+    """Layers per virtual stage (interleaved schedule); unset: no virtual stages."""
+    sequence_parallel: bool = False
+    """Shard norms and residuals over the tensor-parallel processes (needs TP > 1)."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state and main parameters over the data-parallel processes."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
+    overlap_param_gather: bool = False
+    """Gather parameters while the forward pass runs (needs --use-distributed-optimizer and --overlap-grad-reduce)."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to run; auto: CUDA where there is a GPU."""
+    distributed_timeout_minutes: float = 30
+    """A collective that waits longer than this ends the run."""
+
+
+@dataclass
+class TrainingConfig:
+    """Objective, batch, length of the run, precision and optimizer."""
+
+    objective: Literal["response-lm", "pair-preference"] = "pair-preference"
+    """response-lm: stage 1, -log p([y_a, y_b] | x) (Eq. 4). pair-preference: stage 2, two label tokens (Eq. 6-8)."""
+    response_loss: Literal["both", "a", "b"] = "both"
+    """Stage 1: responses that carry loss; 'b' is the paper's GRAM-v3, 'a' its GRAM-v4."""
+    marker_loss: bool = True
+    """Stage 1: also learn the marker lines around the responses and the end of the text."""
+    label_smoothing: float = 0.1
+    """Stage 2: the paper's eps, weight of the wrong label. (torch's label_smoothing = 2 eps: the authors' YAML 0.1 is 0.05.)"""
+    micro_batch_size: int = 1
+    """A micro-batch is one pack of at most micro-batch-size x seq-length tokens."""
+    global_batch_size: int = 32
+    """Samples per step, over all processes; the loss is the mean over all labels of the step."""
+    train_samples: Optional[int] = None
+    """Length of the run in samples. Give one of --train-samples, --train-iters, --train-epochs."""
+    train_iters: Optional[int] = None
+    """Length of the run in steps."""
+    train_epochs: Optional[float] = None
+    """Length of the run in passes over the data."""
+    exit_interval: Optional[int] = None
+    """Save and leave after this step, with the schedule of the whole run kept."""
+    bf16: bool = False
+    """Compute in bfloat16 with fp32 main parameters and gradients."""
+    lr: float = 1e-5
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay, counted in samples."""
+    lr_warmup_fraction: float = 0.1
+    """Part of the run that warms up linearly from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (not on norms)."""
+    adam_beta1: float = 0.9
+    """Adam's decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Adam's decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float = 1.0
+    """Global gradient norm is clipped to this; 0: not clipped."""
+    recompute_granularity: Optional[Literal["full", "selective"]] = None
+    """Recompute activations in the backward pass: whole layers, or attention only."""
+    recompute_num_layers: int = 1
+    """Full recompute: layers per recomputed block."""
+    logits_chunk_size: int = 1024
+    """Stage 1: rows whose logits exist at one time."""
+    seed: int = 1234
+    """Seed of initialisation, pair order and shuffling."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving, resuming and starting points."""
+
+    save: Optional[str] = None
+    """Folder for checkpoints (iter_0000100/ ...)."""
+    save_interval: Optional[int] = None
+    """Save every so many steps; the last step is always saved."""
+    load: Optional[str] = None
+    """Resume from the newest checkpoint in this folder; starts afresh where it holds none."""
+    pretrained_checkpoint: Optional[str] = None
+    """Start from the weights (only) of the newest checkpoint in this folder, e.g. stage 1's --save."""
+    load_optim: bool = True
+    """Restore the optimizer when resuming."""
+    async_save: bool = False
+    """Write checkpoints in the background."""
+
+
+@dataclass
+class LoggingConfig:
+    """What is reported, where, and how often."""
+
+    log_interval: int = 10
+    """Steps between log lines."""
+    eval_interval: Optional[int] = None
+    """Evaluate on the validation data every so many steps, and at the end."""
+    tensorboard_dir: Optional[str] = None
+    """Write TensorBoard events here."""
+    wandb_project: Optional[str] = None
+    """Report to Weights & Biases under this project (needs the wandb package)."""
+    wandb_exp_name: Optional[str] = None
+    """Name of the run at Weights & Biases."""
+    peak_tflops: Optional[float] = None
+    """Peak TFLOP/s of one device for MFU; default: known for common GPUs; unset on CPU: no MFU."""
+    progress: bool = True
+    """Show a progress bar when standard error is a terminal."""
+    dry_run: bool = False
+    """Check and print the resolved configuration, then leave."""
+
+
+@dataclass
+class Config:
+    """Everything a training run is told."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
