@@ -2,7 +2,7 @@
 
 One dataclass per concern; every field is a flag (``tensor_model_parallel_size`` is ``--tensor-model-parallel-size``) and a
 YAML key of the same name.  YAML is turned into flags placed before the user's own, so one parser (tyro) types and checks
-both, and the command line wins.  `check` refuses wrong combinations with the remedy, before any process group starts.
+both, and the command line wins.  Wrong combinations are refused in validation.py, before any process group starts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal, NoReturn, Optional
 
 import tyro
 import yaml
@@ -232,3 +232,127 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Processes that work on different data; valid after validation.check."""
+        return world_size() // (self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: vocab_size rounded up to make_vocab_size_divisible_by x TP."""
+        multiple = self.model.make_vocab_size_divisible_by * self.parallel.tensor_model_parallel_size
+        return -(-self.model.vocab_size // multiple) * multiple
+
+    @property
+    def virtual_pipeline_size(self) -> Optional[int]:
+        """Model chunks per pipeline stage, or None without virtual stages."""
+        layers = self.parallel.num_layers_per_virtual_pipeline_stage
+        if layers is None:
+            return None
+        return self.model.num_layers // (self.parallel.pipeline_model_parallel_size * layers)
+
+    def to_yaml(self) -> str:
+        """The whole configuration as YAML, in sections; `parse --config` reads it back."""
+        plain = {
+            section: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+            for section, values in dataclasses.asdict(self).items()
+        }
+        return yaml.safe_dump(plain, sort_keys=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the configuration as YAML."""
+        with write_atomically(path) as handle:
+            handle.write(self.to_yaml())
+
+
+def world_size() -> int:
+    """Number of processes, as torchrun announces it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """True in the process that prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def parse(argv: list[str], prog: str = "gram", defaults: tuple[str, ...] = ()) -> Config:
+    """Configuration from flags; `--config FILE.yaml` (may repeat) fills in what the flags leave open.
+
+    Raises:
+        ConfigError: a YAML file is missing, or holds a key that is no flag.
+        SystemExit: tyro's usual exit after `--help` or a badly typed flag.
+    """
+    files, flags = _split_config_files(list(argv))
+    from_files = [flag for file in files for flag in _flags_from_yaml(Path(file))]
+    return tyro.cli(
+        Config,
+        args=[*defaults, *from_files, *flags],
+        prog=prog,
+        description="Train a generative foundation reward model. --config FILE.yaml reads flags from a file.",
+        config=(tyro.conf.OmitArgPrefixes,),
+        console_outputs=is_main_process(),
+    )
+
+
+def load_yaml(path: str | Path) -> Config:
+    """Configuration from a YAML file alone, such as a checkpoint's run_config.yaml."""
+    return parse(["--config", str(path)])
+
+
+def _split_config_files(argv: list[str]) -> tuple[list[str], list[str]]:
+    files, flags = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--config":
+            files.append(next(arguments, ""))
+        elif argument.startswith("--config="):
+            files.append(argument.partition("=")[2])
+        else:
+            flags.append(argument)
+    return files, flags
+
+
+def _flag_names() -> set[str]:
+    return {f.name for section in dataclasses.fields(Config) for f in dataclasses.fields(section.default_factory)}
+
+
+def _flags_from_yaml(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ConfigError(f"--config {path}: no such file.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    sections = {section.name for section in dataclasses.fields(Config)}
+    flags: list[str] = []
+    for key, value in content.items():
+        # A section such as "parallel:" may group keys; "model:" is a section when it holds a mapping, else the preset.
+        grouped = key in sections and isinstance(value, dict)
+        for name, entry in value.items() if grouped else [(key, value)]:
+            flags += _flag(path, name, entry)
+    return flags
+
+
+def _flag(path: Path, key: str, value: Any) -> list[str]:
+    name = str(key).replace("-", "_")
+    if name not in _flag_names():
+        close = difflib.get_close_matches(name, _flag_names(), n=1)
+        raise ConfigError(f"{path}: unknown key '{key}'." + (f" Did you mean '{close[0]}'?" if close else ""))
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"] if not _is_optional_bool(name) else [f"--{flag}", str(value)]
+    if isinstance(value, list):
+        return [f"--{flag}", *map(str, value)] if value else []
+    return [f"--{flag}", str(value)]
+
+
+def _is_optional_bool(name: str) -> bool:
+    return ModelConfig.__annotations__.get(name) == "Optional[bool]"
+
+
+def fail(error: Exception) -> NoReturn:
+    """End a command-line tool with an error a user can mend: its text once, no traceback, exit status 2."""
+    if is_main_process():
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2)

@@ -1,0 +1,163 @@
+"""From the configuration to model chunks: TransformerConfig, layer specification, RewardModel, initial weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import math
+from typing import Iterator
+
+import torch
+import torch.nn.functional as F
+import yaml
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from gram_engine.config import Config
+from gram_engine.errors import ConfigError
+from gram_engine.model.reward_model import RewardModel
+
+
+def uses_transformer_engine(config: Config, on_cuda: bool) -> bool:
+    """Whether layers come from Transformer Engine.
+
+    Raises:
+        ConfigError: it was asked for and is not installed, or there is no GPU.
+    """
+    choice = config.model.transformer_impl
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if choice == "transformer_engine" and not (installed and on_cuda):
+        lacks = "a GPU" if installed else "the transformer-engine package (pip install 'gram_engine[gpu]')"
+        raise ConfigError(f"--transformer-impl transformer_engine needs {lacks}. Use --transformer-impl local.")
+    return choice != "local" and installed and on_cuda
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """megatron-core's configuration of the layers.
+
+    Raises:
+        ConfigError: a --transformer-config entry is no field of TransformerConfig, or a value megatron-core refuses.
+    """
+    model, parallel, training = config.model, config.parallel, config.training
+    dtype = torch.bfloat16 if training.bf16 else torch.float32
+    fields = dict(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_method_std,
+        perform_initialization=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        bf16=training.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_size,
+        sequence_parallel=parallel.sequence_parallel,
+        variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
+        calculate_per_token_loss=True,
+        recompute_granularity=training.recompute_granularity,
+        recompute_method="uniform" if training.recompute_granularity == "full" else None,
+        recompute_num_layers=training.recompute_num_layers if training.recompute_granularity == "full" else None,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+    fields.update(_native_fields(model.transformer_config))
+    try:
+        return TransformerConfig(**fields)
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"megatron-core refuses this configuration: {error}") from error
+
+
+def _native_fields(pairs: tuple[str, ...]) -> dict:
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    fields = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or key not in known:
+            raise ConfigError(f"--transformer-config {pair}: not KEY=VALUE with a field of TransformerConfig.")
+        fields[key] = yaml.safe_load(value)
+    return fields
+
+
+def build_model(config: Config, on_cuda: bool) -> list[RewardModel]:
+    """This process's model chunks (one, or one per virtual stage) with initial weights, before DDP.
+
+    The weights depend on the seed alone, not on the layout: the same run at another TP or PP starts from the same model.
+    """
+    core = transformer_config(config)
+    if uses_transformer_engine(config, on_cuda):
+        from megatron.core.extensions.transformer_engine import TENorm as norm
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec as layer_spec
+    else:
+        from gram_engine.model.layers import RMSNorm as norm
+        from gram_engine.model.layers import local_layer_spec as layer_spec
+    chunks = []
+    virtual_size = config.virtual_pipeline_size
+    for stage in range(virtual_size or 1):
+        vp_stage = stage if virtual_size else None
+        layers = get_num_layers_to_build(core, vp_stage=vp_stage)
+        chunk = RewardModel(
+            config=core,
+            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer_spec()] * layers, layer_norm=norm),
+            vocab_size=config.padded_vocab_size,
+            max_sequence_length=config.data.seq_length,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_base=config.model.rotary_base,
+            rope_scaling=config.model.rope_scaling_factor is not None,
+            rope_scaling_factor=config.model.rope_scaling_factor or 1.0,
+            vp_stage=vp_stage,
+        )
+        initialise_weights(chunk, config)
+        chunks.append(chunk.cuda() if on_cuda else chunk)
+    return chunks
+
+
+@torch.no_grad()
+def initialise_weights(chunk: RewardModel, config: Config) -> None:
+    """Normal initialisation (norms: ones), each tensor drawn from a generator seeded by its name and layer.
+
+    Output projections of attention and MLP are scaled by 1 / sqrt(2 layers), as in Megatron.  Rows of the vocabulary's
+    padding are zero.
+    """
+    std = config.model.init_method_std
+    for tensor in _sharded_tensors(chunk):
+        name, stacked = tensor.key, tensor.prepend_axis_num
+        shape, offset = tensor.global_shape[stacked:], tensor.global_offset[stacked:]
+        if len(shape) == 1:
+            tensor.data.fill_(1.0)
+            continue
+        scaled = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+        digest = hashlib.sha256(f"{config.training.seed}/{name}/{tensor.global_offset[:stacked]}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        is_vocabulary = name.endswith(("word_embeddings.weight", "output_layer.weight"))
+        rows = config.model.vocab_size if is_vocabulary else shape[0]
+        full = torch.randn(rows, *shape[1:], generator=generator)
+        full *= std / math.sqrt(2 * config.model.num_layers) if scaled else std
+        full = F.pad(full, (0, 0, 0, shape[0] - rows))
+        tensor.data.copy_(full[tuple(slice(start, start + size) for start, size in zip(offset, tensor.local_shape))])
+
+
+def _sharded_tensors(chunk: RewardModel) -> Iterator[ShardedTensor]:
+    """The chunk's parameters with their place in the whole model; the gate and up halves of fc1 one by one."""
+    for entry in nested_values(chunk.sharded_state_dict()):
+        parts = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
+        yield from (part for part in parts if isinstance(part, ShardedTensor) and part.data is not None)

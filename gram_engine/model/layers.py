@@ -1,0 +1,69 @@
+"""Layers for machines without Transformer Engine: RMSNorm under sequence parallelism and packed causal attention.
+
+megatron-core's own local layers refuse both (WrappedTorchNorm has no sequence parallelism, DotProductAttention no packed
+sequences); everything else of its local layer specification is used as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm. [..., hidden] -> same shape and dtype; statistics in fp32.
+
+    The weight is marked `sequence_parallel`, so that megatron-core sums its gradient over the tensor-parallel processes,
+    each of which sees only its part of the sequence.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
+
+
+class PackedAttention(MegatronModule):
+    """Causal attention within each sequence of a pack, by torch's scaled_dot_product_attention.
+
+    query [tokens, heads, dim], key and value [tokens, groups, dim] (thd) -> [tokens, heads * dim], dtype of the query.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, **_):
+        super().__init__(config=config)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params: PackedSeqParams,
+        **_,
+    ) -> Tensor:
+        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        outputs = []
+        for start, end in zip(bounds, bounds[1:]):
+            q, k, v = (part[start:end].transpose(0, 1).unsqueeze(0) for part in (query, key, value))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            outputs.append(out.squeeze(0).transpose(0, 1))
+        return torch.cat(outputs).flatten(1)
+
+
+def local_layer_spec() -> ModuleSpec:
+    """megatron-core's local layer with our norm and attention; checkpoint keys equal Transformer Engine's."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    return spec

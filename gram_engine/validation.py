@@ -1,0 +1,147 @@
+"""Completes a configuration and refuses combinations that cannot work, each with the values and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gram_engine.config import Config, world_size
+from gram_engine.errors import ConfigError
+
+
+def resolve_shape(config: Config) -> None:
+    """Fill the model's open fields from --load-hf or --model, then from defaults; flags given by hand win over a preset.
+
+    Raises:
+        ConfigError: a field is still open, or a flag contradicts the Hugging Face folder.
+    """
+    from gram_engine.model.presets import PRESETS, shape_from_hf
+
+    model = config.model
+    if model.load_hf:
+        for name, value in shape_from_hf(model.load_hf).items():
+            given = getattr(model, name)
+            if given is not None and given != value:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} {given} contradicts {model.load_hf}/config.json ({value}). Leave the flag out.")
+            setattr(model, name, value)
+        if config.data.tokenizer_model is None:
+            config.data.tokenizer_model = model.load_hf
+    elif model.model is not None:
+        if model.model not in PRESETS:
+            raise ConfigError(f"--model {model.model}: unknown preset. Choose one of: {', '.join(sorted(PRESETS))}.")
+        for name, value in PRESETS[model.model].items():
+            if getattr(model, name) is None:
+                setattr(model, name, value)
+    required = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+    missing = [f"--{name.replace('_', '-')}" for name in required if getattr(model, name) is None]
+    if missing:
+        raise ConfigError(f"The model's shape is open: give --model, --load-hf, or {' '.join(missing)}.")
+    fallbacks = {
+        "num_query_groups": model.num_attention_heads,
+        "kv_channels": model.hidden_size // model.num_attention_heads,
+        "max_position_embeddings": config.data.seq_length,
+        "rotary_base": 10000.0,
+        "norm_epsilon": 1e-5,
+        "untie_embeddings_and_output_weights": True,
+    }
+    for name, value in fallbacks.items():
+        if getattr(model, name) is None:
+            setattr(model, name, value)
+
+
+def check(config: Config) -> None:
+    """Refuse combinations that cannot work. Call after `resolve_shape` and before any process group starts.
+
+    Raises:
+        ConfigError: names the values that clash and the remedy.
+    """
+    for rule in (_check_shape, _check_parallel, _check_data, _check_run):
+        for wrong, message in rule(config):
+            if wrong:
+                raise ConfigError(message)
+
+
+def _check_shape(config: Config):
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    yield heads % groups != 0, f"--num-attention-heads {heads} is not a multiple of --num-query-groups {groups}."
+    yield heads % tp != 0, (
+        f"--tensor-model-parallel-size {tp} does not divide the {heads} attention heads. "
+        f"Use a divisor of {heads}."
+    )
+    yield groups % tp != 0, (
+        f"--tensor-model-parallel-size {tp} does not divide the {groups} key/value heads (--num-query-groups). "
+        f"Use a divisor of {groups}."
+    )
+    yield model.ffn_hidden_size % tp != 0, (
+        f"--tensor-model-parallel-size {tp} does not divide --ffn-hidden-size {model.ffn_hidden_size}."
+    )
+    yield model.kv_channels % 2 != 0, f"--kv-channels {model.kv_channels} is odd: rotary embeddings turn pairs."
+
+
+def _check_parallel(config: Config):
+    parallel, layers = config.parallel, config.model.num_layers
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    processes = world_size()
+    yield min(tp, pp) < 1, f"TP {tp} and PP {pp} must be at least 1."
+    yield processes % (tp * pp) != 0, (
+        f"{processes} processes cannot form TP {tp} x PP {pp}: their number must be a multiple of {tp * pp}. "
+        f"Start torchrun with --nproc-per-node {tp * pp} (or a multiple), or lower the sizes."
+    )
+    yield layers % pp != 0, (
+        f"--pipeline-model-parallel-size {pp} does not divide --num-layers {layers}. Use a divisor of {layers}."
+    )
+    chunk = parallel.num_layers_per_virtual_pipeline_stage
+    if chunk is not None:
+        yield pp < 2, "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size of at least 2."
+        yield (layers // pp) % chunk != 0 or layers // pp == chunk, (
+            f"--num-layers-per-virtual-pipeline-stage {chunk} must divide the {layers // pp} layers of a stage "
+            "into at least two virtual stages."
+        )
+    yield parallel.sequence_parallel and tp == 1, "--sequence-parallel needs --tensor-model-parallel-size above 1."
+    yield parallel.overlap_param_gather and not parallel.use_distributed_optimizer, (
+        "--overlap-param-gather gathers the distributed optimizer's shards: add --use-distributed-optimizer."
+    )
+    yield parallel.overlap_param_gather and not parallel.overlap_grad_reduce, (
+        "--overlap-param-gather works only together with --overlap-grad-reduce: add it."
+    )
+
+
+def _check_data(config: Config):
+    data = config.data
+    yield bool(data.data) == bool(data.data_path), (
+        "Give the training data once: --data FILE ... (raw) or --data-path PREFIX (from tools/preprocess_data.py)."
+    )
+    yield bool(data.valid_data) and bool(data.valid_data_path), "Give either --valid-data or --valid-data-path."
+    for file in (*data.data, *data.valid_data):
+        yield not Path(file).is_file(), f"{file}: no such file. Check the path given to --data or --valid-data."
+    for prefix in filter(None, (data.data_path, data.valid_data_path)):
+        yield not Path(f"{prefix}.idx").is_file(), (
+            f"{prefix}.idx: no such file. Make it with: gram preprocess --data FILE --output-prefix {prefix}"
+        )
+    tokenizer = data.tokenizer_model
+    yield tokenizer is None, "--tokenizer-model is missing: a SentencePiece .model file or a Hugging Face folder."
+    yield tokenizer is not None and not Path(tokenizer).exists(), f"--tokenizer-model {tokenizer}: no such file."
+    yield data.seq_length < 1, f"--seq-length {data.seq_length} must be positive."
+
+
+def _check_run(config: Config):
+    training, checkpoint = config.training, config.checkpoint
+    lengths = [training.train_samples, training.train_iters, training.train_epochs]
+    yield sum(length is not None for length in lengths) != 1, (
+        "Give the length of the run once: --train-epochs, --train-iters or --train-samples."
+    )
+    yield not 0 <= training.label_smoothing < 0.5, (
+        f"--label-smoothing {training.label_smoothing} is the weight of the wrong label: it must be in [0, 0.5)."
+    )
+    yield min(training.micro_batch_size, training.global_batch_size) < 1, "Batch sizes must be at least 1."
+    yield not 0 <= training.lr_warmup_fraction < 1, (
+        f"--lr-warmup-fraction {training.lr_warmup_fraction} must be in [0, 1)."
+    )
+    yield checkpoint.save_interval is not None and checkpoint.save is None, "--save-interval needs --save FOLDER."
+    yield bool(config.model.load_hf) and bool(checkpoint.pretrained_checkpoint), (
+        "--load-hf and --pretrained-checkpoint are two starting points: give one."
+    )
+    yield config.logging.eval_interval is not None and not (config.data.valid_data or config.data.valid_data_path), (
+        "--eval-interval needs --valid-data FILE or --valid-data-path PREFIX."
+    )
