@@ -1,0 +1,31 @@
+"""The `gram` command: thin doors to the package's functions."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "pretrain": ("gram_engine.training.main:pretrain", "stage 1: learn to generate both responses (no labels)"),
+    "finetune": ("gram_engine.training.main:finetune", "stage 2: learn to predict the preferred response"),
+    "preprocess": ("gram_engine.data.preprocess:main", "preference files -> .bin/.idx"),
+    "data inspect": ("gram_engine.data.inspect:main", "show a packed sample: which tokens carry loss"),
+    "convert": ("gram_engine.convert.export_hf:main", "checkpoint -> Hugging Face folder"),
+    "score": ("gram_engine.scoring.scorer:main", "score preference pairs with a Hugging Face folder"),
+    "demo-data": ("gram_engine.demo:main", "make the demonstration preference data"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command that `argv` (default: the command line) names."""
+    argv = sys.argv[1:] if argv is None else argv
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if name in COMMANDS:
+            module, function = COMMANDS[name][0].split(":")
+            getattr(importlib.import_module(module), function)(argv[words:])
+            return
+    known = "\n".join(f"  gram {name:14s} {text}" for name, (_, text) in COMMANDS.items())
+    asked_for_help = bool(argv) and argv[0] in ("-h", "--help")
+    print(f"usage: gram COMMAND [flags]\n\n{known}\n\ngram COMMAND --help explains a command's flags.")
+    raise SystemExit(0 if asked_for_help else 2)

@@ -1,0 +1,41 @@
+"""Evaluation during training: loss, and for ranking objectives accuracy over both orders, by the scorer's own metrics."""
+
+from __future__ import annotations
+
+import torch
+
+from gram_engine.data.dataset import PairDataset
+from gram_engine.data.loader import PackedLoader
+from gram_engine.objectives import Objective
+from gram_engine.scoring.metrics import pair_metrics
+from gram_engine.training.step import run_schedule, sum_over_processes, summed_stats
+
+
+@torch.no_grad()
+def evaluate(
+    model: list, loader: PackedLoader, dataset: PairDataset, objective: Objective, device: torch.device
+) -> dict[str, float]:
+    """Metrics over every sample of the validation data, equal on every process.
+
+    The data holds each pair in both orders, so `accuracy` is that of the reward (Eq. 3) and `swap_consistency` is the
+    share of pairs with the same verdict in both orders.
+    """
+    for chunk in model:
+        chunk.eval()
+    totals = dict.fromkeys(objective.stat_names, 0.0)
+    margins = torch.zeros(len(dataset), dtype=torch.float64, device=device)
+    for batch in loader.evaluation_batches():
+        results = run_schedule(model, batch, objective, device, forward_only=True)
+        for name, value in summed_stats(results, objective, device).items():
+            totals[name] += value
+        for result in results:
+            if result.output.margins is not None:
+                margins[result.sample_ids] = result.output.margins.double()
+    for chunk in model:
+        chunk.train()
+    metrics = objective.metrics(totals)
+    if "correct" in objective.stat_names:
+        samples = dataset.samples
+        margins = sum_over_processes(margins).cpu().numpy()
+        metrics.update(pair_metrics(samples["pair"], samples["order"], margins, samples["preference"]))
+    return metrics

@@ -1,0 +1,110 @@
+"""From flags to a running set of processes: process groups, data on disk, and the facts every process needs of them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from gram_engine.config import Config, is_main_process, world_size
+from gram_engine.data.dataset import PairDataset
+from gram_engine.data.preprocess import ensure_preprocessed
+from gram_engine.data.tokenizer import Tokenizer
+from gram_engine.errors import ConfigError, GramError
+from gram_engine.platform import Platform
+
+
+@dataclass
+class PreparedData:
+    """Where the preprocessed data lies, and the tokenizer's size."""
+
+    train_prefix: str
+    valid_prefix: str | None
+    tokenizer_size: int
+
+
+def start_processes(config: Config, platform: Platform) -> None:
+    """Join the default process group (one process alone needs no torchrun) and set up model-parallel groups and seeds."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    timeout = datetime.timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    if world_size() == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(platform.backend, timeout=timeout)
+    parallel = config.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    torch.manual_seed(config.training.seed)
+    model_parallel_cuda_manual_seed(config.training.seed, force_reset_rng=True)
+
+
+def prepare_data(config: Config) -> PreparedData:
+    """Preprocess --data and --valid-data on the main process; every process gets the result, or its error.
+
+    Raises:
+        GramError: what the main process met (bad rows, a tokenizer that splits a label ...).
+    """
+    outcome: list = [None]
+    if is_main_process():
+        try:
+            outcome[0] = _prepare_on_main(config)
+        except GramError as error:
+            outcome[0] = error
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], GramError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _prepare_on_main(config: Config) -> PreparedData:
+    data, objective = config.data, config.training.objective
+    tokenizer = Tokenizer.load(data.tokenizer_type, data.tokenizer_model)
+    train = data.data_path or ensure_preprocessed(data.data, config, objective, data.pair_order == "both")
+    valid = data.valid_data_path
+    if data.valid_data:
+        valid = ensure_preprocessed(data.valid_data, config, objective, True)
+    for prefix in filter(None, (train, valid)):
+        _check_manifest(prefix, PairDataset(prefix), config, tokenizer)
+    return PreparedData(str(train), str(valid) if valid else None, tokenizer.vocab_size)
+
+
+def _check_manifest(prefix: str, dataset: PairDataset, config: Config, tokenizer: Tokenizer) -> None:
+    manifest, again = dataset.manifest, f"Preprocess again: gram preprocess --output-prefix {prefix} ..."
+    objective = config.training.objective
+    if manifest["objective"] != objective:
+        raise ConfigError(f"{prefix}: made for --objective {manifest['objective']}, this run's is {objective}. {again}")
+    if manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+        raise ConfigError(f"{prefix}: made with another tokenizer than {config.data.tokenizer_model}. {again}")
+    longest = int(dataset.lengths.max(initial=0))
+    if longest > config.data.seq_length:
+        raise ConfigError(
+            f"{prefix}: its longest sample has {longest} tokens, more than --seq-length {config.data.seq_length}. "
+            f"Raise --seq-length to {longest}, or preprocess again."
+        )
+    if len(dataset) == 0:
+        raise ConfigError(f"{prefix}: holds no samples. {again}")
+
+
+def complete_vocabulary(config: Config, prepared: PreparedData) -> None:
+    """Set vocab_size from the tokenizer where it is open.
+
+    Raises:
+        ConfigError: the model has fewer rows than the tokenizer has tokens.
+    """
+    model = config.model
+    if model.vocab_size is None:
+        model.vocab_size = prepared.tokenizer_size
+    if model.vocab_size < prepared.tokenizer_size:
+        raise ConfigError(
+            f"--vocab-size {model.vocab_size} is smaller than the tokenizer's {prepared.tokenizer_size} tokens. "
+            "Leave --vocab-size out, or use the model's own tokenizer."
+        )

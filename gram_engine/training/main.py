@@ -1,0 +1,63 @@
+"""Entry point of both stages: configuration -> processes -> data -> Trainer."""
+
+from __future__ import annotations
+
+import sys
+
+from gram_engine.config import Config, fail, is_main_process, parse
+from gram_engine.errors import GramError
+from gram_engine.validation import check, resolve_shape
+
+PRETRAIN_DEFAULTS = ("--objective", "response-lm", "--lr", "2e-5")
+FINETUNE_DEFAULTS = ("--objective", "pair-preference", "--lr", "1e-5")
+
+
+def pretrain(argv: list[str] | None = None) -> None:
+    """Stage 1: learn to generate both responses, without labels."""
+    main(argv, "gram pretrain", PRETRAIN_DEFAULTS)
+
+
+def finetune(argv: list[str] | None = None) -> None:
+    """Stage 2: learn to predict the preferred response's label."""
+    main(argv, "gram finetune", FINETUNE_DEFAULTS)
+
+
+def main(argv: list[str] | None, prog: str, defaults: tuple[str, ...]) -> None:
+    """Run one stage with the flags of `argv` (default: the command line); `defaults` come before them."""
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv, prog, defaults)
+        resolve_shape(config)
+        check(config)
+        if config.logging.dry_run:
+            if is_main_process():
+                print(config.to_yaml(), end="")
+            return
+        run(config)
+    except GramError as error:
+        fail(error)
+
+
+def run(config: Config) -> dict[str, float]:
+    """Train as a checked configuration says; returns the last metrics. Leaves no process group behind."""
+    from gram_engine import platform as platforms
+
+    platform = platforms.initialise(config.parallel.device)
+
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from gram_engine.training.initialise import complete_vocabulary, prepare_data, start_processes
+    from gram_engine.training.loop import Trainer
+    from gram_engine.training.reporting import log
+
+    start_processes(config, platform)
+    try:
+        prepared = prepare_data(config)
+        complete_vocabulary(config, prepared)
+        log(config.to_yaml())
+        trainer = Trainer(config, platform, prepared)
+        log(f"{platform.describe()} | {len(trainer.dataset)} samples | {trainer.total_steps} steps")
+        return trainer.train()
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,86 @@
+"""DDP, optimizer and learning-rate schedule, all megatron-core's."""
+
+from __future__ import annotations
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import get_standard_config_overrides
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from torch.nn import Module
+
+from gram_engine.config import Config
+
+
+def wrap_ddp(chunks: list[Module], config: Config) -> list[DistributedDataParallel]:
+    """Wrap each model chunk for data parallelism; gradients are summed in fp32."""
+    parallel = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        core = chunk.config
+        module = Float16Module(core, chunk) if config.training.bf16 else chunk
+        # Later virtual stages wait for the pipeline anyway: one bucket each, as in Megatron-LM.
+        wrapped.append(DistributedDataParallel(core, ddp_config, module, disable_bucketing=index > 0))
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped
+
+
+def build_optimizer(model: list[DistributedDataParallel], config: Config) -> MegatronOptimizer:
+    """Adam with decoupled weight decay (none on norms), gradient clipping and, on request, state sharded over DP."""
+    training = config.training
+    options = OptimizerConfig(
+        optimizer="adam",
+        lr=training.lr,
+        min_lr=training.min_lr,
+        weight_decay=training.weight_decay,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        adam_eps=training.adam_eps,
+        clip_grad=training.clip_grad,
+        bf16=training.bf16,
+        params_dtype=model[0].config.params_dtype,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+    return get_megatron_optimizer(options, model, config_overrides=get_standard_config_overrides(options))
+
+
+def build_scheduler(optimizer: MegatronOptimizer, config: Config, train_samples: int) -> OptimizerParamScheduler:
+    """Warm-up and decay counted in samples."""
+    training = config.training
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=training.lr,
+        min_lr=min(training.min_lr, training.lr),
+        lr_warmup_steps=int(training.lr_warmup_fraction * train_samples),
+        lr_decay_steps=train_samples,
+        lr_decay_style=training.lr_decay_style,
+        start_wd=training.weight_decay,
+        end_wd=training.weight_decay,
+        wd_incr_steps=train_samples,
+        wd_incr_style="constant",
+    )
+
+
+def connect_schedule(model: list[DistributedDataParallel], optimizer: MegatronOptimizer, config: Config) -> None:
+    """Tell megatron-core's schedule how gradients and parameters are synchronised (fields of the model's config)."""
+    core = model[0].config
+    core.grad_scale_func = optimizer.scale_loss
+    core.finalize_model_grads_func = finalize_model_grads
+    if config.parallel.overlap_grad_reduce:
+        core.no_sync_func = _each_or_one([chunk.no_sync for chunk in model])
+        core.grad_sync_func = _each_or_one([chunk.start_grad_sync for chunk in model]) if len(model) > 1 else None
+    if config.parallel.overlap_param_gather and len(model) > 1:
+        core.param_sync_func = [chunk.start_param_sync for chunk in model]
+
+
+def _each_or_one(functions: list):
+    return functions if len(functions) > 1 else functions[0]

@@ -1,0 +1,97 @@
+"""One pass of megatron-core's schedule over a global batch, and the sum of its statistics over all processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from gram_engine.data.loader import GlobalBatch, PackedBatch
+from gram_engine.objectives import Objective, ObjectiveOutput
+
+
+@dataclass
+class MicrobatchResult:
+    """What the last pipeline stage keeps of one micro-batch."""
+
+    sample_ids: torch.Tensor
+    output: ObjectiveOutput
+
+
+def run_schedule(
+    model: list, batch: GlobalBatch, objective: Objective, device: torch.device, forward_only: bool = False
+) -> list[MicrobatchResult]:
+    """Forward (and backward) over this process's micro-batches. Returns one result each on the last stage, else []."""
+    chunks = [_batches_on(device, batch.microbatches) for _ in model]
+    results = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, objective=objective),
+        data_iterator=chunks if len(model) > 1 else chunks[0],
+        model=model if len(model) > 1 else model[0],
+        num_microbatches=len(batch.microbatches),
+        seq_length=max(len(microbatch.tokens) for microbatch in batch.microbatches),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return results
+
+
+def _batches_on(device: torch.device, microbatches: list[PackedBatch]) -> Iterator[PackedBatch]:
+    for microbatch in microbatches:
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in vars(microbatch).items()
+        }
+        yield replace(microbatch, **moved)
+
+
+def _forward_step(data_iterator: Iterator[PackedBatch], model, objective: Objective):
+    batch = next(data_iterator)
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )
+    output = model(
+        batch.tokens.unsqueeze(0),
+        batch.position_ids.unsqueeze(0),
+        None,
+        packed_seq_params=packed,
+        output_processor=objective,
+        output_processor_context=batch,
+    )
+    return output, partial(_loss, batch)
+
+
+def _loss(batch: PackedBatch, output: ObjectiveOutput):
+    """(loss sum, count, what to keep): the form that megatron-core divides by the global count."""
+    kept = replace(output, loss_sum=output.loss_sum.detach())
+    return output.loss_sum, output.count, MicrobatchResult(batch.sample_ids, kept)
+
+
+def reports_here() -> bool:
+    """True in one process of each tensor-parallel group of the last stage: there results count once."""
+    return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """Sum of `values` over the processes for which `reports_here` holds, on every process."""
+    if not reports_here():
+        values = torch.zeros_like(values)
+    dist.all_reduce(values)
+    return values
+
+
+def summed_stats(results: list[MicrobatchResult], objective: Objective, device: torch.device) -> dict[str, float]:
+    """The objective's statistics of a whole global batch, by name, on every process."""
+    total = torch.zeros(len(objective.stat_names), dtype=torch.float64, device=device)
+    for result in results:
+        total += result.output.stats
+    return dict(zip(objective.stat_names, sum_over_processes(total).tolist()))

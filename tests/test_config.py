@@ -1,0 +1,99 @@
+"""Flags, YAML, and the refusal of combinations that cannot work."""
+
+from pathlib import Path
+
+import pytest
+
+from gram_engine.config import load_yaml, parse
+from gram_engine.errors import ConfigError
+from gram_engine.validation import check, resolve_shape
+
+CONFIGS = sorted((Path(__file__).parents[1] / "examples" / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """A small configuration that passes every check."""
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    (tmp_path / "spm.model").write_text("")
+    shape = "--num-layers 4 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 8 --num-query-groups 4"
+    files = ["--data", str(tmp_path / "data.jsonl"), "--tokenizer-model", str(tmp_path / "spm.model")]
+    return [*shape.split(), *files, "--train-iters", "10"]
+
+
+def resolved(flags, world_size, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    config = parse(flags)
+    resolve_shape(config)
+    check(config)
+    return config
+
+
+def test_good_configuration_passes_and_fills_defaults(flags, monkeypatch):
+    config = resolved(flags, 1, monkeypatch)
+    assert (config.model.kv_channels, config.model.norm_epsilon) == (8, 1e-5)
+    assert config.model.untie_embeddings_and_output_weights is True
+
+
+@pytest.mark.parametrize(
+    "extra, world_size, message",
+    [
+        ("--tensor-model-parallel-size 3", 3, "does not divide the 8 attention heads"),
+        ("--tensor-model-parallel-size 8", 8, r"does not divide the 4 key/value heads"),
+        ("--pipeline-model-parallel-size 3", 3, "does not divide --num-layers 4"),
+        ("--tensor-model-parallel-size 2", 3, "3 processes cannot form TP 2 x PP 1.*--nproc-per-node 2"),
+        ("--num-layers-per-virtual-pipeline-stage 1", 1, "needs --pipeline-model-parallel-size of at least 2"),
+        ("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2", 2, "at least two virtual stages"),
+        ("--sequence-parallel", 1, "needs --tensor-model-parallel-size above 1"),
+        ("--overlap-param-gather", 1, "add --use-distributed-optimizer"),
+        ("--use-distributed-optimizer --overlap-param-gather", 1, "together with --overlap-grad-reduce"),
+        ("--train-epochs 1", 1, "length of the run once"),
+        ("--label-smoothing 0.5", 1, r"must be in \[0, 0.5\)"),
+        ("--save-interval 5", 1, "--save-interval needs --save"),
+        ("--eval-interval 5", 1, "--eval-interval needs --valid-data"),
+        ("--data-path x", 1, "training data once"),
+        ("--num-query-groups 3", 1, "not a multiple of --num-query-groups 3"),
+    ],
+)
+def test_wrong_combinations_are_refused_with_a_remedy(flags, extra, world_size, message, monkeypatch):
+    with pytest.raises(ConfigError, match=message):
+        resolved([*flags, *extra.split()], world_size, monkeypatch)
+
+
+def test_missing_data_file_is_named(flags, monkeypatch):
+    with pytest.raises(ConfigError, match="nowhere.jsonl: no such file"):
+        resolved([*flags, "--valid-data", "nowhere.jsonl"], 1, monkeypatch)
+
+
+def test_unknown_preset_lists_the_known(flags, monkeypatch):
+    with pytest.raises(ConfigError, match="unknown preset. Choose one of: .*llama-3.1-8b"):
+        resolved([*flags, "--model", "llama-9"], 1, monkeypatch)
+
+
+def test_yaml_is_overridden_by_flags_and_survives_a_round_trip(flags, tmp_path, monkeypatch):
+    (tmp_path / "a.yaml").write_text("parallel:\n  sequence_parallel: true\nlr: 3.0e-4\nbf16: true\ntrain-iters: 7\n")
+    config = parse(["--config", str(tmp_path / "a.yaml"), *flags, "--lr", "1e-3"])
+    assert config.parallel.sequence_parallel and config.training.bf16
+    assert (config.training.lr, config.training.train_iters) == (1e-3, 10)
+    resolve_shape(config)
+    config.save(tmp_path / "saved.yaml")
+    assert load_yaml(tmp_path / "saved.yaml") == config
+
+
+def test_yaml_typo_is_refused_with_a_suggestion(tmp_path):
+    (tmp_path / "a.yaml").write_text("tensor_model_paralel_size: 2\n")
+    with pytest.raises(ConfigError, match="unknown key 'tensor_model_paralel_size'. Did you mean 'tensor_model_parallel"):
+        load_yaml(tmp_path / "a.yaml")
+
+
+def test_badly_typed_flag_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--num-layers", "many"])
+    assert "num-layers" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_example_configurations_parse(path):
+    config = load_yaml(path)
+    resolve_shape(config)
+    assert config.model.num_layers > 0
