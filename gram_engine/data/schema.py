@@ -1,0 +1,84 @@
+"""What a row of preference data is, whatever file format it came from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One comparison of two responses to a prompt.
+
+    `preference` is the probability that A is better: 1.0 A, 0.0 B, 0.5 tie, nan unlabelled. `margin` says by how much the
+    better one is better (nan where the data has none). `place` is "file:line", for messages.
+    """
+
+    prompt: str
+    response_a: str
+    response_b: str
+    preference: float
+    weight: float = 1.0
+    margin: float = math.nan
+    place: str = ""
+
+    def exchanged(self) -> Pair:
+        """The same comparison with the two responses in the other order."""
+        preference = 1.0 - self.preference
+        return Pair(self.prompt, self.response_b, self.response_a, preference, self.weight, self.margin, self.place)
+
+
+@dataclass(frozen=True)
+class Verbatim:
+    """A row that is already written in the judge template (`instruction` -> `output`), used as it is."""
+
+    instruction: str
+    output: str
+    weight: float = 1.0
+    place: str = ""
+
+
+# Names of the speakers in the many spellings of chat data; what is not listed keeps its own name.
+_ROLES = {
+    "user": "Human",
+    "human": "Human",
+    "prompter": "Human",
+    "assistant": "Assistant",
+    "gpt": "Assistant",
+    "chatbot": "Assistant",
+    "bot": "Assistant",
+    "model": "Assistant",
+    "system": "System",
+    "tool": "Tool",
+    "function": "Tool",
+    "observation": "Tool",
+}
+
+
+def message_of(entry: Any) -> tuple[str, str]:
+    """(speaker, text) of one chat message, `{role, content}` or `{from, value}`; text parts are joined.
+
+    Raises:
+        ValueError: the entry is no message, or holds something other than text.
+    """
+    if not isinstance(entry, dict):
+        raise ValueError(f"a message must be an object with role and content, not {type(entry).__name__}")
+    role = entry.get("role", entry.get("from"))
+    content = entry.get("content", entry.get("value"))
+    if not isinstance(role, str):
+        raise ValueError("a message has no role (or from)")
+    if isinstance(content, list):
+        if any(not isinstance(part, dict) or not isinstance(part.get("text"), str) for part in content):
+            raise ValueError("a message holds a part that is not text")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ValueError("a message has no content (or value)")
+    return _ROLES.get(role.strip().lower(), role.strip().capitalize()), content
+
+
+def dialogue_text(messages: Sequence[tuple[str, str]]) -> str:
+    """Plain text of a conversation: a single user turn is its own text, several are "Human: ...\\n\\nAssistant: ..."."""
+    if len(messages) == 1 and messages[0][0] == "Human":
+        return messages[0][1]
+    return "\n\n".join(f"{speaker}: {text}" for speaker, text in messages)

@@ -1,0 +1,189 @@
+"""The judge prompt [c, x, y_a, y_b] of GRAM as data: a YAML file with named slots, versioned and hashed.
+
+Stage 2 reads `judge`, up to the place of the label; stage 1 reads `generate` (the user's part, x) and `responses` (the
+target, [y_a, y_b]). The same object serves training and scoring, and its text travels with data set and checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+
+from gram_engine.errors import ConfigError
+
+Span = tuple[int, int]
+"""Half-open range of characters, or of tokens."""
+
+_SLOT = re.compile(r"\{(prompt|response_a|response_b)\}")
+_FIELDS = {"judge": ("prompt", "response_a", "response_b"), "generate": ("prompt",), "responses": ("response_a", "response_b")}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A filled-in text and the character ranges of its slots; `middle` is where B's opening marker begins."""
+
+    text: str
+    slots: dict[str, Span]
+    middle: int = -1
+
+
+@dataclass(frozen=True)
+class JudgeTemplate:
+    """A judge template; see gram_engine/data/templates/gram-code.yaml for an example."""
+
+    name: str
+    version: int
+    judge_format: str
+    generate_format: str
+    responses_format: str
+    label_a: str
+    label_b: str
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> JudgeTemplate:
+        """A template that ships with the engine, by name, or a YAML file, by path.
+
+        Raises:
+            ConfigError: no such template, or the file lacks a slot or a key.
+        """
+        shipped = resources.files("gram_engine.data") / "templates" / f"{name_or_path}.yaml"
+        source = shipped if shipped.is_file() else Path(name_or_path)
+        if not source.is_file():
+            raise ConfigError(
+                f"--template {name_or_path}: neither a template of the engine ({', '.join(shipped_templates())}) nor a file."
+            )
+        try:
+            content = yaml.safe_load(source.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{source}: not valid YAML: {error}") from None
+        return cls.from_dict(content, str(source))
+
+    @classmethod
+    def from_dict(cls, content: Any, place: str) -> JudgeTemplate:
+        """The template that `to_dict` describes; `place` names its source in messages."""
+        if not isinstance(content, dict):
+            raise ConfigError(f"{place}: a template is a mapping with the keys {', '.join(_KEYS)}.")
+        missing, unknown = _KEYS - content.keys(), content.keys() - _KEYS
+        if missing or unknown:
+            found = f"missing: {', '.join(sorted(missing))}" if missing else f"unknown: {', '.join(sorted(unknown))}"
+            raise ConfigError(f"{place}: a template has the keys {', '.join(sorted(_KEYS))}; {found}.")
+        for key, slots in _FIELDS.items():
+            if _SLOT.findall(content[key]) != list(slots):
+                wanted = ", ".join(f"{{{slot}}}" for slot in slots)
+                raise ConfigError(f"{place}: '{key}' must hold each of {wanted} once, in this order.")
+        label_a, label_b = str(content["label_a"]), str(content["label_b"])
+        if not label_a or not label_b or label_a == label_b:
+            raise ConfigError(f"{place}: label_a '{label_a}' and label_b '{label_b}' must be two different words.")
+        texts = (content["judge"], content["generate"], content["responses"])
+        return cls(str(content["name"]), int(content["version"]), *texts, label_a, label_b)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The template as the mapping that a template file holds."""
+        return {key.removesuffix("_format"): value for key, value in asdict(self).items()}
+
+    def to_yaml(self) -> str:
+        """The template as the text of a template file; `load` reads it back."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of everything that shapes the text (not of comments in the file)."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def judge(self, prompt: str, response_a: str, response_b: str) -> str:
+        """Stage 2: the judge prompt up to the place of the label."""
+        return self.judge_layout(prompt, response_a, response_b).text
+
+    def generate(self, prompt: str) -> str:
+        """Stage 1: the user's part."""
+        return self.generate_layout(prompt).text
+
+    def responses(self, response_a: str, response_b: str) -> str:
+        """Stage 1: the target, both responses between their markers."""
+        return self.responses_layout(response_a, response_b).text
+
+    def judge_layout(self, prompt: str, response_a: str, response_b: str) -> Layout:
+        """`judge` with the places of its slots."""
+        return _fill(self.judge_format, prompt=prompt, response_a=response_a, response_b=response_b)
+
+    def generate_layout(self, prompt: str) -> Layout:
+        """`generate` with the place of its slot."""
+        return _fill(self.generate_format, prompt=prompt)
+
+    def responses_layout(self, response_a: str, response_b: str) -> Layout:
+        """`responses` with the places of its slots."""
+        return _fill(self.responses_format, response_a=response_a, response_b=response_b)
+
+    def find_judge(self, text: str) -> Optional[Layout]:
+        """Slots of a ready-made judge prompt, or None where the markers of this template are not all in it."""
+        return _find(self.judge_format, text)
+
+    def find_generate(self, text: str) -> Optional[Layout]:
+        """Slot of a ready-made stage-1 prompt, or None where the marker of this template is not in it."""
+        return _find(self.generate_format, text)
+
+    def find_responses(self, text: str) -> Optional[Layout]:
+        """Slots of a ready-made stage-1 target, or None where the markers of this template are not all in it."""
+        return _find(self.responses_format, text)
+
+
+_KEYS = {"name", "version", "judge", "generate", "responses", "label_a", "label_b"}
+
+
+def shipped_templates() -> list[str]:
+    """Names of the templates that come with the engine."""
+    folder = resources.files("gram_engine.data") / "templates"
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def _fill(form: str, **values: str) -> Layout:
+    # Slots are replaced in one pass over the template, so that "{response_b}" inside a response stays as it is.
+    pieces = _SLOT.split(form)
+    text, slots, middle = [pieces[0]], {}, -1
+    length = len(pieces[0])
+    for slot, literal in zip(pieces[1::2], pieces[2::2]):
+        slots[slot] = (length, length + len(values[slot]))
+        text += [values[slot], literal]
+        length = slots[slot][1] + len(literal)
+        if slot == "response_a":
+            middle = length - len(_opening_marker(literal))
+    return Layout("".join(text), slots, middle)
+
+
+def _opening_marker(between: str) -> str:
+    """The part of the text between A and B that opens B: its last line that is not empty, and what follows."""
+    return between[between.rstrip().rfind("\n") + 1 :]
+
+
+def _find(form: str, text: str) -> Optional[Layout]:
+    """Places of the slots in a text that somebody else filled in.
+
+    Markers are matched by their lines only: rows of the authors' data lack the line break before a closing marker.
+    """
+    pieces = _SLOT.split(form)
+    names = pieces[1::2]
+    literals = [pieces[0].strip(), *(literal.strip() for literal in pieces[2::2])]
+    start = text.find(literals[0])
+    end = text.rfind(literals[-1]) if literals[-1] else len(text)
+    slots, position, middle = {}, start + len(literals[0]), -1
+    for number, (name, literal) in enumerate(zip(names, literals[1:]), start=1):
+        marker = end if number == len(names) else text.find(literal, position)
+        if start < 0 or marker < position:
+            return None
+        slots[name] = _without_line_breaks(text, position, marker)
+        if name == "response_a":
+            middle = marker + len(literal) - len(_opening_marker(literal))
+        position = marker + len(literal)
+    return Layout(text, slots, middle)
+
+
+def _without_line_breaks(text: str, start: int, end: int) -> Span:
+    """The range without the template's line break at either end."""
+    return start + text.startswith("\n", start, end), max(start, end - text.endswith("\n", start, end))
