@@ -58,8 +58,9 @@ def transformer_config(config: Config) -> TransformerConfig:
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method_std=model.init_method_std,
-        perform_initialization=False,
+        init_method=_leave_to_initialise_weights,
+        output_layer_init_method=_leave_to_initialise_weights,
+        embedding_init_method=_leave_to_initialise_weights,
         use_cpu_initialization=not torch.cuda.is_available(),
         bf16=training.bf16,
         params_dtype=dtype,
@@ -69,6 +70,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_size,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
+        moe_token_dispatcher_type="alltoall",  # no experts here, but variable_seq_lengths refuses the default
         calculate_per_token_loss=True,
         recompute_granularity=training.recompute_granularity,
         recompute_method="uniform" if training.recompute_granularity == "full" else None,
@@ -82,6 +84,11 @@ def transformer_config(config: Config) -> TransformerConfig:
         return TransformerConfig(**fields)
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"megatron-core refuses this configuration: {error}") from error
+
+
+def _leave_to_initialise_weights(weight: torch.Tensor) -> torch.Tensor:
+    """megatron-core's initialisation must run (it marks the shards), but the values are set by `initialise_weights`."""
+    return weight
 
 
 def _native_fields(pairs: tuple[str, ...]) -> dict:
