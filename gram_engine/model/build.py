@@ -69,8 +69,9 @@ def transformer_config(config: Config) -> TransformerConfig:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_size,
         sequence_parallel=parallel.sequence_parallel,
-        variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
-        moe_token_dispatcher_type="alltoall",  # no experts here, but variable_seq_lengths refuses the default
+        # Interleaved stages: neighbours are the same process at PP 2, so batched messages could be mixed up.
+        overlap_p2p_comm=config.virtual_pipeline_size is not None,
+        batch_p2p_comm=config.virtual_pipeline_size is None,
         calculate_per_token_loss=True,
         recompute_granularity=training.recompute_granularity,
         recompute_method="uniform" if training.recompute_granularity == "full" else None,

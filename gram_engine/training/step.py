@@ -8,6 +8,7 @@ from typing import Iterator
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -28,17 +29,35 @@ def run_schedule(
     model: list, batch: GlobalBatch, objective: Objective, device: torch.device, forward_only: bool = False
 ) -> list[MicrobatchResult]:
     """Forward (and backward) over this process's micro-batches. Returns one result each on the last stage, else []."""
-    chunks = [_batches_on(device, batch.microbatches) for _ in model]
-    results = get_forward_backward_func()(
+    microbatches = batch.microbatches
+    longest = max(len(microbatch.tokens) for microbatch in microbatches)
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        # Stages then know the shape of what they receive without asking each time.
+        microbatches = [_padded(microbatch, longest) for microbatch in microbatches]
+    chunks = [_batches_on(device, microbatches) for _ in model]
+    return get_forward_backward_func()(
         forward_step_func=partial(_forward_step, objective=objective),
         data_iterator=chunks if len(model) > 1 else chunks[0],
         model=model if len(model) > 1 else model[0],
-        num_microbatches=len(batch.microbatches),
-        seq_length=max(len(microbatch.tokens) for microbatch in batch.microbatches),
+        num_microbatches=len(microbatches),
+        seq_length=longest,
         micro_batch_size=1,
         forward_only=forward_only,
     )
-    return results
+
+
+def _padded(batch: PackedBatch, length: int) -> PackedBatch:
+    """The pack with padding tokens, as a sequence of their own, up to `length`."""
+    extra = length - len(batch.tokens)
+    if extra == 0:
+        return batch
+    return replace(
+        batch,
+        tokens=F.pad(batch.tokens, (0, extra)),
+        position_ids=torch.cat([batch.position_ids, torch.arange(extra)]),
+        cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens.new_tensor([length])]),
+        max_seqlen=max(batch.max_seqlen, extra),
+    )
 
 
 def _batches_on(device: torch.device, microbatches: list[PackedBatch]) -> Iterator[PackedBatch]:
