@@ -27,11 +27,38 @@ _FIELDS = {"judge": ("prompt", "response_a", "response_b"), "generate": ("prompt
 
 @dataclass(frozen=True)
 class Layout:
-    """A filled-in text and the character ranges of its slots; `middle` is where B's opening marker begins."""
+    """A filled-in text, the character ranges of its slots, where B's opening marker and where a stage-1 target begin."""
 
     text: str
     slots: dict[str, Span]
     middle: int = -1
+    target: int = -1
+
+    @property
+    def has_responses(self) -> bool:
+        """Whether the places of both responses are known."""
+        return "response_a" in self.slots and "response_b" in self.slots
+
+    def followed_by(self, other: Layout) -> Layout:
+        """Both texts in one: the stage-1 prompt and its target."""
+        start = len(self.text)
+        moved = {name: (begin + start, end + start) for name, (begin, end) in other.slots.items()}
+        middle = other.middle + start if other.middle >= 0 else -1
+        return Layout(self.text + other.text, {**self.slots, **moved}, middle, start)
+
+    def without(self, cuts: list[Span]) -> Layout:
+        """The layout with some character ranges (ascending, inside slots) taken out."""
+        kept, position = [], 0
+        for start, end in cuts:
+            kept.append(self.text[position:start])
+            position = end
+        text = "".join(kept) + self.text[position:]
+
+        def moved(place: int) -> int:
+            return place - sum(min(place, end) - start for start, end in cuts if start < place)
+
+        slots = {name: (moved(start), moved(end)) for name, (start, end) in self.slots.items()}
+        return Layout(text, slots, moved(self.middle), moved(self.target))
 
 
 @dataclass(frozen=True)

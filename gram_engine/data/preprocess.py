@@ -1,0 +1,311 @@
+"""Preference files -> token sequences on disk (dataset.py says which files), by any number of processes.
+
+All rows are read and checked before the first one is tokenised. The result does not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import multiprocessing
+import os
+import sys
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, Iterable, Iterator, Optional, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from gram_engine.config import Config, DataConfig
+from gram_engine.data.dataset import FORMAT_VERSION, SAMPLE_DTYPE, PairDataset
+from gram_engine.data.readers import OnReject, read_rows
+from gram_engine.data.samples import (
+    Objective,
+    OverlongSample,
+    Sample,
+    check_seq_length,
+    generate_sample,
+    judge_sample,
+    label_ids,
+    layout_of,
+    preference_of,
+)
+from gram_engine.data.schema import Pair, Verbatim
+from gram_engine.data.template import JudgeTemplate
+from gram_engine.data.tokenizer import Tokenizer
+from gram_engine.data.writer import Chunk, DatasetWriter, RejectsFile
+from gram_engine.errors import DataError
+from gram_engine.fileio import sha256_of_file
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_TASK = 64
+
+Row = Pair | Verbatim
+
+
+def preprocess(
+    paths: Sequence[str | Path],
+    prefix: str | Path,
+    *,
+    objective: Objective,
+    cfg: DataConfig,
+    both_orders: bool,
+    workers: int = 1,
+    seed: int = 1234,
+) -> dict[str, Any]:
+    """Write PREFIX.bin/.idx/.samples.npy/.json (and .rejects.jsonl with cfg.skip_bad_rows); returns the manifest.
+
+    Raises:
+        ConfigError: tokenizer, template or seq_length cannot work.
+        DataError: a bad row ("file:line: what; remedy"), or nothing left to train on.
+    """
+    tokenizer = Tokenizer.load(cfg.tokenizer_type, _tokenizer_path(cfg))
+    template = JudgeTemplate.load(cfg.template)
+    labels = label_ids(tokenizer, template) if objective == "pair-preference" else None
+    check_seq_length(tokenizer, template, objective, cfg.seq_length)
+    rejects = RejectsFile(prefix, enabled=cfg.skip_bad_rows)
+    progress = {"disable": not sys.stderr.isatty(), "unit": " rows"}
+    checked = checked_rows(paths, cfg, objective, template, rejects)
+    num_rows = sum(1 for _ in tqdm(checked, desc="checking", **progress))
+    rejects.close()
+
+    task = _Task(tokenizer, template, objective, cfg.seq_length, cfg.overlong, cfg.ties, both_orders, seed)
+    rows = enumerate(checked_rows(paths, cfg, objective, template, rejects.ignore))
+    with DatasetWriter(prefix, tokenizer.vocab_size) as writer:
+        bar = tqdm(total=num_rows, desc="tokenising", **progress)
+        for chunk in _tokenised(task, rows, workers):
+            writer.add(chunk)
+            bar.update(chunk.num_rows)
+        bar.close()
+        if not writer.lengths:
+            raise DataError(
+                f"{', '.join(map(str, paths))}: no sample is left of {num_rows} rows ({rejects.count} rejected, "
+                f"{writer.counts['dropped']} dropped). Look at the rejects, or change --overlong and --ties."
+            )
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "objective": objective,
+            "seq_length": cfg.seq_length,
+            "overlong": cfg.overlong,
+            "ties": cfg.ties,
+            "pair_order": "both" if both_orders else "random",
+            "seed": seed,
+            "counts": {"rows": num_rows, **writer.counts, "rejected": rejects.count},
+            "tokens": sum(writer.lengths),
+            "longest": max(writer.lengths),
+            "label_ids": list(labels) if labels else None,
+            "tokenizer": {
+                "type": tokenizer.tokenizer_type,
+                "path": tokenizer.path,
+                "fingerprint": tokenizer.fingerprint,
+                "vocab_size": tokenizer.vocab_size,
+                "eos_id": tokenizer.eos_id,
+            },
+            "template": {**template.to_dict(), "sha256": template.sha256},
+            "sources": [{"path": str(path), "sha256": sha256_of_file(path)} for path in paths],
+        }
+        writer.finish(manifest)
+    return manifest
+
+
+def ensure_preprocessed(
+    files: Sequence[str | Path], config: Config, objective: Objective, both_orders: bool
+) -> str:
+    """Prefix of the preprocessed files in --data-cache-path, made now unless they are there already.
+
+    The name is a hash of the files' content and of every setting that shapes the result. To be called by one process.
+    """
+    cfg, seed = config.data, config.training.seed
+    for path in files:
+        if not Path(path).is_file():
+            raise DataError(f"{path}: no such file. Check the path, and the working directory if it is relative.")
+    tokenizer = Tokenizer.load(cfg.tokenizer_type, _tokenizer_path(cfg))
+    settings = ("overlong", "ties", "skip_bad_rows", "seq_length", "prompt_key", "chosen_key", "rejected_key")
+    identity = {
+        "format_version": FORMAT_VERSION,
+        "files": [sha256_of_file(path) for path in files],
+        "objective": objective,
+        "both_orders": both_orders,
+        "seed": seed,
+        "tokenizer": tokenizer.fingerprint,
+        "template": JudgeTemplate.load(cfg.template).sha256,
+        **{name: getattr(cfg, name) for name in settings},
+    }
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    prefix = str(Path(cfg.data_cache_path) / f"{Path(files[0]).name.split('.')[0]}-{objective}-{key}")
+    try:
+        PairDataset(prefix)
+    except DataError:
+        workers = cfg.preprocess_workers
+        manifest = preprocess(
+            files, prefix, objective=objective, cfg=cfg, both_orders=both_orders, workers=workers, seed=seed
+        )
+        logger.info("%s: %s", prefix, summary(manifest))
+    return prefix
+
+
+def summary(manifest: dict[str, Any]) -> str:
+    """What came out, in a line."""
+    counts = manifest["counts"]
+    mean = manifest["tokens"] / counts["samples"]
+    return (
+        f"{counts['rows']:,} rows -> {counts['samples']:,} samples, {manifest['tokens']:,} tokens (mean {mean:,.0f}, longest "
+        f"{manifest['longest']:,}); {counts['truncated']:,} truncated, {counts['dropped']:,} dropped, "
+        f"{counts['rejected']:,} rejected"
+    )
+
+
+def checked_rows(
+    paths: Sequence[str | Path],
+    cfg: DataConfig,
+    objective: Objective,
+    template: JudgeTemplate,
+    on_reject: Optional[OnReject],
+) -> Iterator[Row]:
+    """`read_rows`, with a check that each row can serve the objective."""
+    on_reject = on_reject if cfg.skip_bad_rows else None
+    for row in read_rows(paths, cfg, on_reject):
+        problem = _unfit(row, objective, template)
+        if problem is None:
+            yield row
+        elif on_reject is None:
+            raise DataError(f"{row.place}: {problem}")
+        else:
+            on_reject(DataError(f"{row.place}: {problem}"), dataclasses.asdict(row))
+
+
+def _unfit(row: Row, objective: Objective, template: JudgeTemplate) -> Optional[str]:
+    labelled = not math.isnan(preference_of(row, template))
+    if objective == "pair-preference" and isinstance(row, Pair) and not labelled:
+        return "no label, which pair-preference needs. Add label (A, B or tie), or train with --objective response-lm."
+    if objective == "pair-preference" and not labelled:
+        return (
+            f"output is '{row.output[:40]}', not {template.label_a} or {template.label_b}. "
+            "Ready-made rows of stage 1 are for --objective response-lm."
+        )
+    if objective == "response-lm" and isinstance(row, Verbatim) and labelled:
+        return (
+            f"output is the label {row.output.strip()}, not two responses. "
+            "Ready-made rows of stage 2 are for --objective pair-preference."
+        )
+    return None
+
+
+def exchanged_first(seed: int, number: int) -> bool:
+    """Whether comparison `number` shows its responses exchanged: a fair coin per two neighbours, which differ.
+
+    So exactly half of the comparisons are exchanged, whatever the seed, and the first response is not favoured.
+    """
+    coin = hashlib.blake2b(f"{seed}:{number // 2}".encode(), digest_size=1).digest()[0] & 1
+    return bool(coin ^ (number & 1))
+
+
+@dataclasses.dataclass
+class _Task:
+    """All that a worker needs to tokenise rows."""
+
+    tokenizer: Tokenizer
+    template: JudgeTemplate
+    objective: Objective
+    seq_length: int
+    overlong: str
+    ties: str
+    both_orders: bool
+    seed: int
+
+    def run(self, rows: list[tuple[int, Row]]) -> Chunk:
+        """Tokenise numbered rows."""
+        tokens: list[int] = []
+        lengths, records, truncated, dropped = [], [], 0, 0
+        for number, row in rows:
+            preference = preference_of(row, self.template)
+            if preference == 0.5 and self.ties == "drop" and self.objective == "pair-preference":
+                dropped += 1
+                continue
+            try:
+                samples = [(order, self._sample(row, bool(order))) for order in self._orders(number, row)]
+            except OverlongSample as error:
+                if self.overlong == "error":
+                    raise DataError(f"{row.place}: {error}") from None
+                dropped += 1
+                continue
+            for order, sample in samples:
+                shown = 1.0 - preference if order else preference
+                margin = row.margin if isinstance(row, Pair) else math.nan
+                ranges = (sample.target_start, *sample.response_a, sample.middle, *sample.response_b)
+                records.append((number, order, shown, row.weight, margin, *ranges))
+                tokens += sample.tokens
+                lengths.append(len(sample.tokens))
+                truncated += sample.truncated
+        return Chunk(
+            np.array(tokens, np.int32), lengths, np.array(records, SAMPLE_DTYPE), len(rows), truncated, dropped
+        )
+
+    def _orders(self, number: int, row: Row) -> tuple[int, ...]:
+        if isinstance(row, Verbatim):  # used as written; exchanged only where both orders are wanted and possible
+            if self.both_orders and layout_of(row, self.template, self.objective, exchanged=False).has_responses:
+                return (0, 1)
+            return (0,)
+        return (0, 1) if self.both_orders else (int(exchanged_first(self.seed, number)),)
+
+    def _sample(self, row: Row, exchanged: bool) -> Sample:
+        layout = layout_of(row, self.template, self.objective, exchanged)
+        build = judge_sample if self.objective == "pair-preference" else generate_sample
+        return build(self.tokenizer, layout, self.seq_length, self.overlong)
+
+
+_worker_task: Optional[_Task] = None
+
+
+def _start_worker(task: _Task) -> None:
+    global _worker_task
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_task = task
+
+
+def _run_in_worker(rows: list[tuple[int, Row]]) -> Chunk:
+    return _worker_task.run(rows)
+
+
+def _tokenised(task: _Task, rows: Iterable[tuple[int, Row]], workers: int) -> Iterator[Chunk]:
+    """Chunks in the order of the rows; at most a few per worker are in flight, so memory stays small."""
+    tasks = _batched(rows, ROWS_PER_TASK)
+    if workers <= 1:
+        yield from map(task.run, tasks)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(task,)) as pool:
+        pending: deque = deque()
+        try:
+            for batch in tasks:
+                pending.append(pool.submit(_run_in_worker, batch))
+                if len(pending) > 4 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _batched(items: Iterable, size: int) -> Iterator[list]:
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _tokenizer_path(cfg: DataConfig) -> str:
+    if cfg.tokenizer_model is None:
+        raise DataError("--tokenizer-model is missing: a SentencePiece .model file or a Hugging Face folder.")
+    return cfg.tokenizer_model

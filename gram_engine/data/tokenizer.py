@@ -1,0 +1,221 @@
+"""One tokenizer interface over SentencePiece models and Hugging Face folders, chat templates included.
+
+Both kinds run as a fast tokenizer of the `tokenizers` library: what trains is what `save_pretrained` exports.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import tokenizers
+
+from gram_engine.data.sentencepiece import fast_tokenizer_of
+from gram_engine.errors import ConfigError
+
+PINNED_DATE = "26 Jul 2024"
+"""Date in chat templates that ask for one (LLaMA 3.1 and 3.2 print today's): Meta's own default."""
+
+_PIN = f'{{%- if not date_string is defined %}}{{%- set date_string = "{PINNED_DATE}" %}}{{%- endif %}}'
+
+
+@dataclass
+class Tokenizer:
+    """A tokenizer, and how it wraps a user's message. Cheap to send to worker processes (they cannot save it).
+
+    `chat_prefix` and `chat_suffix` are the text that the chat template puts around a user's message, up to and with the
+    opening of the assistant's turn (empty without a chat template); `prefix_ids` are the tokens put in front of every
+    sequence (the beginning-of-sequence token, unless the chat template already writes it).
+    """
+
+    backend: tokenizers.Tokenizer
+    tokenizer_type: str
+    path: str
+    vocab_size: int
+    eos_id: int
+    bos_id: Optional[int]
+    prefix_ids: list[int]
+    chat_prefix: str
+    chat_suffix: str
+    strips_message: bool
+    has_chat_template: bool
+    fingerprint: str
+    hf: Any = None
+    """The transformers tokenizer; None in worker processes."""
+
+    @classmethod
+    def load(cls, tokenizer_type: str, path: str | Path) -> Tokenizer:
+        """Read a SentencePiece .model file or a Hugging Face tokenizer folder (auto: by what the path is).
+
+        Raises:
+            ConfigError: nothing there, not a tokenizer, no fast version, no end-of-sequence token, or a chat template
+                that changes the user's message.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise ConfigError(f"--tokenizer-model {path}: no such file or folder.")
+        if tokenizer_type == "auto":
+            tokenizer_type = "HuggingFaceTokenizer" if path.is_dir() else "SentencePieceTokenizer"
+        if tokenizer_type == "SentencePieceTokenizer":
+            if path.is_dir():
+                raise ConfigError(f"--tokenizer-model {path}: SentencePieceTokenizer needs the .model file itself.")
+            hf = fast_tokenizer_of(path)
+        elif tokenizer_type == "HuggingFaceTokenizer":
+            hf = _load_hugging_face(path)
+        else:
+            raise ConfigError(f"--tokenizer-type {tokenizer_type}: use SentencePieceTokenizer or HuggingFaceTokenizer.")
+        return cls._from_hugging_face(hf, tokenizer_type, str(path))
+
+    @classmethod
+    def _from_hugging_face(cls, hf, tokenizer_type: str, path: str) -> Tokenizer:
+        backend = hf.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        if hf.eos_token_id is None:
+            raise ConfigError(f"{path}: the tokenizer has no end-of-sequence token. Set eos_token in tokenizer_config.json.")
+        if hf.chat_template is not None:
+            hf.chat_template = _pin_date(_one_template(hf.chat_template, path))
+            prefix, suffix, strips = _chat_wrapping(hf, path)
+            prefix_ids = []
+        else:
+            prefix, suffix, strips = "", "", False
+            prefix_ids = [hf.bos_token_id] if _adds_bos(hf) else []
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        identity = [backend.to_str(), hf.chat_template, hf.bos_token, hf.eos_token]
+        fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        return cls(
+            backend, tokenizer_type, path, max(vocabulary.values()) + 1, hf.eos_token_id, hf.bos_token_id, prefix_ids,
+            prefix, suffix, strips, hf.chat_template is not None, fingerprint, hf,
+        )  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "hf": None}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with no special tokens added; special tokens written in the text count as such."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encoding(self, text: str) -> tokenizers.Encoding:
+        """As `encode`, with the characters of each token (`token_to_chars`) where the caller asks for them."""
+        return self.backend.encode(text, add_special_tokens=False)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids and, for each, the half-open range of characters it came from."""
+        encoding = self.encoding(text)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, special tokens included."""
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    def token(self, token_id: int) -> str:
+        """The vocabulary's own spelling of one token."""
+        return self.backend.id_to_token(int(token_id)) or f"<{token_id}>"
+
+    def wrap_user(self, text: str) -> str:
+        """The text as a user's message in the chat template, up to the opening of the assistant's turn.
+
+        Without a chat template the text itself; in both cases `prefix_ids` come in front of its tokens.
+        """
+        return self.chat_prefix + (text.strip() if self.strips_message else text) + self.chat_suffix
+
+    def label_ids(self, label_a: str, label_b: str, context: str) -> tuple[int, int]:
+        """Ids of the two label tokens as they come out right after `context`, the end of a judge prompt.
+
+        Raises:
+            ConfigError: a label is not one token of its own there, is unknown to the vocabulary, or both are the same.
+        """
+        before = self.encode(context)
+        found = []
+        for label in (label_a, label_b):
+            after = self.encode(context + label)
+            own = after[len(before) :]
+            if after[: len(before)] != before or len(own) != 1:
+                split = " ".join(map(repr, map(self.token, after[max(0, len(before) - 1) :])))
+                raise ConfigError(
+                    f"label '{label}' is not a single token after '{_tail(context)}' with the tokenizer {self.path} "
+                    f"(the text ends in {split}). Choose label_a and label_b of the template among whole tokens, "
+                    "or use another tokenizer."
+                )
+            found += own
+        unknown = self.backend.token_to_id(self.hf.unk_token) if self.hf is not None and self.hf.unk_token else None
+        if found[0] == found[1] or unknown in found:
+            raise ConfigError(
+                f"labels '{label_a}' and '{label_b}' become the tokens {found[0]} and {found[1]} "
+                f"({self.token(found[0])}, {self.token(found[1])}) with the tokenizer {self.path}: they must be two "
+                "different, known tokens. Train the tokenizer on text that holds both, or choose other labels."
+            )
+        return found[0], found[1]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a Hugging Face tokenizer folder; AutoTokenizer loads it offline and encodes identically."""
+        assert self.hf is not None, "a tokenizer in a worker process cannot be saved"
+        self.hf.save_pretrained(str(folder))
+
+
+def _load_hugging_face(path: Path):
+    from transformers import AutoTokenizer
+
+    if not path.is_dir():
+        raise ConfigError(f"--tokenizer-model {path}: HuggingFaceTokenizer needs a folder with tokenizer.json.")
+    try:
+        hf = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"--tokenizer-model {path}: not a Hugging Face tokenizer folder ({reason}).") from None
+    if not hf.is_fast:
+        raise ConfigError(f"--tokenizer-model {path}: the tokenizer has no fast version (tokenizer.json).")
+    return hf
+
+
+def _one_template(template: Any, path: str) -> str:
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise ConfigError(f"{path}: several chat templates ({', '.join(template)}) and none is called default.")
+        return template["default"]
+    return template
+
+
+def _pin_date(template: str) -> str:
+    """The chat template with a fixed date, so that a reward does not depend on the day; also in what is exported."""
+    asks = "date_string" in template or "strftime_now" in template
+    return _PIN + template if asks and not template.startswith(_PIN) else template
+
+
+def _render(hf, text: str) -> str:
+    return hf.apply_chat_template(
+        [{"role": "user", "content": text}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,
+        date_string=PINNED_DATE,
+    )
+
+
+def _chat_wrapping(hf, path: str) -> tuple[str, str, bool]:
+    """(text before the message, text after it, whether white space around the message is stripped), checked on samples."""
+    core = "GRAM?message"
+    prefix, found, suffix = _render(hf, f" {core} ").partition(core)
+    strips = not (prefix.endswith(" ") and suffix.startswith(" "))
+    if not strips:
+        prefix, suffix = prefix[:-1], suffix[1:]
+    samples = ("plain", " two\n\nlines \n", "{{ braces }} {% x %}", "<think>a</think> b", "[INST] \u00fc \U0001f600 [/INST]")
+    for text in samples:
+        if not found or _render(hf, text) != prefix + (text.strip() if strips else text) + suffix:
+            raise ConfigError(
+                f"{path}: the chat template changes the text of a user's message, so the judge prompt cannot be read "
+                "back from it. Remove chat_template from the tokenizer folder, or simplify it."
+            )
+    return prefix, suffix, strips
+
+
+def _adds_bos(hf) -> bool:
+    """Whether the tokenizer, left to its defaults, begins a text with its beginning-of-sequence token."""
+    return hf.bos_token_id is not None and hf("x").input_ids[:1] == [hf.bos_token_id]
+
+
+def _tail(text: str) -> str:
+    return ("..." + text[-24:] if len(text) > 24 else text).replace("\n", "\\n")

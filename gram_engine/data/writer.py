@@ -1,0 +1,93 @@
+"""Writes preprocessed data: the files that dataset.py describes, under temporary names until they are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gram_engine.data.dataset import indexed_dataset_module
+from gram_engine.errors import DataError
+from gram_engine.fileio import write_atomically
+
+
+@dataclass
+class Chunk:
+    """Tokenised rows: concatenated tokens, sequence lengths, SAMPLE_DTYPE rows."""
+
+    tokens: np.ndarray
+    lengths: list[int]
+    samples: np.ndarray
+    num_rows: int
+    truncated: int
+    dropped: int
+
+
+class DatasetWriter:
+    """Writes under temporary names; `finish` gives the files their names, the manifest last."""
+
+    def __init__(self, prefix: str | Path, vocab_size: int) -> None:
+        self.prefix = Path(prefix)
+        self.lengths: list[int] = []
+        self.counts = {"samples": 0, "truncated": 0, "dropped": 0}
+        self._samples: list[np.ndarray] = []
+        self._vocab_size = vocab_size
+
+    def __enter__(self) -> DatasetWriter:
+        self.prefix.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = self.prefix.with_name(f".{self.prefix.name}.{os.getpid()}.tmp")
+        indexed = indexed_dataset_module()
+        self._dtype = indexed.DType.optimal_dtype(self._vocab_size)
+        self._builder = indexed.IndexedDatasetBuilder(f"{self._temporary}.bin", dtype=self._dtype)
+        return self
+
+    def add(self, chunk: Chunk) -> None:
+        position = 0
+        for length in chunk.lengths:
+            self._builder.add_document(chunk.tokens[position : position + length], [length])
+            position += length
+        self.lengths += chunk.lengths
+        self._samples.append(chunk.samples)
+        for name, number in (("samples", len(chunk.lengths)), ("truncated", chunk.truncated), ("dropped", chunk.dropped)):
+            self.counts[name] += number
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        self._builder.finalize(f"{self._temporary}.idx")
+        with open(f"{self._temporary}.samples.npy", "wb") as handle:
+            np.save(handle, np.concatenate(self._samples))
+        Path(f"{self.prefix}.json").unlink(missing_ok=True)
+        for ending in (".bin", ".idx", ".samples.npy"):
+            os.replace(f"{self._temporary}{ending}", f"{self.prefix}{ending}")
+        with write_atomically(f"{self.prefix}.json") as handle:
+            json.dump(manifest, handle, indent=1, ensure_ascii=False)
+
+    def __exit__(self, *_: Any) -> None:
+        self._builder.data_file.close()
+        for ending in (".bin", ".idx", ".samples.npy"):
+            Path(f"{self._temporary}{ending}").unlink(missing_ok=True)
+
+
+class RejectsFile:
+    """Bad rows, counted and written one JSON object a line."""
+
+    def __init__(self, prefix: str | Path, enabled: bool) -> None:
+        self.count = 0
+        self._path = Path(f"{prefix}.rejects.jsonl")
+        self._lines: list[str] = []
+        self._enabled = enabled
+
+    def __call__(self, error: DataError, row: Any) -> None:
+        self.count += 1
+        self._lines.append(json.dumps({"error": str(error), "row": row}, ensure_ascii=False, default=str))
+
+    def ignore(self, error: DataError, row: Any) -> None:
+        """For the second reading of the same rows."""
+
+    def close(self) -> None:
+        if self._enabled:
+            with write_atomically(self._path) as handle:
+                handle.writelines(line + "\n" for line in self._lines)
