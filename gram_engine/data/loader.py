@@ -1,0 +1,201 @@
+"""Packed micro-batches of a data set: a pure function of (seed, samples consumed), for every data-parallel process.
+
+Each step packs its own global batch of `global_batch_size` samples, so neither the number of processes nor a restart
+changes which samples a step sees. Nothing is padded but the end of a pack, up to `pad_multiple`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Iterator, Literal
+
+import numpy as np
+import torch
+
+from gram_engine.data.dataset import PairDataset
+from gram_engine.data.packing import plan
+from gram_engine.errors import ConfigError
+
+PADDING_TOKEN = 0
+ATTENTION_COST = 1 / 24576
+"""Attention of a causal sequence of L tokens, per token of linear layers: L^2 / (12 x hidden size), at 2,048."""
+
+
+@dataclass
+class PackedBatch:
+    """One micro-batch: samples end to end (THD), on the CPU; padding at the end forms a sequence of its own.
+
+    tokens, position_ids: int64 [T]; cu_seqlens: int32 [sequences + 1]; rows: int64 [R], positions whose hidden state
+    predicts (stage 2: the last token of each sample; stage 1: position p predicts token p + 1); targets: int64 [R] in
+    stage 1, empty in stage 2; sample_ids, preference, weight, margin: [S], rows of the data set. Weights are scaled so
+    that their mean over the global batch is 1.
+    """
+
+    tokens: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    rows: torch.Tensor
+    targets: torch.Tensor
+    sample_ids: torch.Tensor
+    preference: torch.Tensor
+    weight: torch.Tensor
+    margin: torch.Tensor
+
+
+@dataclass
+class GlobalBatch:
+    """This process's micro-batches of one step, equally many on every process, and the step's totals over all of them."""
+
+    microbatches: list[PackedBatch]
+    num_samples: int
+    num_tokens: int
+    num_rows: int
+    squared_lengths: int
+
+
+class PackedLoader:
+    """Packs global batches of a data set.
+
+    Args:
+        pack_tokens: most tokens of samples in a micro-batch.
+        pad_multiple: the length of a micro-batch is a multiple of this.
+        microbatch_multiple: the number of micro-batches is a multiple of this (pipeline size with virtual stages).
+        response_loss, marker_loss: stage 1, which tokens of the target carry loss.
+
+    Raises:
+        ConfigError: the data set was made for another objective, or a sample is longer than a pack.
+    """
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        *,
+        objective: str,
+        global_batch_size: int,
+        pack_tokens: int,
+        pad_multiple: int,
+        dp_rank: int,
+        dp_size: int,
+        seed: int,
+        microbatch_multiple: int = 1,
+        response_loss: Literal["both", "a", "b"] = "both",
+        marker_loss: bool = True,
+        attention_cost: float = ATTENTION_COST,
+    ) -> None:
+        if dataset.objective != objective:
+            raise ConfigError(
+                f"{dataset.prefix} was preprocessed for --objective {dataset.objective}, not {objective}. "
+                "Preprocess it for this objective, or use the other data."
+            )
+        longest = int(dataset.lengths.max(initial=0))
+        if longest > pack_tokens:
+            raise ConfigError(
+                f"{dataset.prefix} has a sample of {longest} tokens, but a micro-batch holds {pack_tokens}. "
+                f"Raise --seq-length or --micro-batch-size, or preprocess with --seq-length {pack_tokens}."
+            )
+        self.dataset = dataset
+        self.objective = objective
+        self.global_batch_size = global_batch_size
+        self.pack_tokens = pack_tokens
+        self.pad_multiple = pad_multiple
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.seed = seed
+        self.microbatch_multiple = microbatch_multiple
+        self.attention_cost = attention_cost
+        self._loss_ranges = _loss_ranges(dataset, objective, response_loss, marker_loss)
+        self._num_rows = sum(np.maximum(end - start, 0) for start, end in self._loss_ranges)
+        # Permutations of the last two epochs: a batch may span both.
+        self._permutation = lru_cache(maxsize=2)(self._new_permutation)
+
+    def batch(self, consumed_samples: int) -> GlobalBatch:
+        """The global batch after `consumed_samples` samples; epochs are permutations, one after the other."""
+        numbers = np.arange(consumed_samples, consumed_samples + self.global_batch_size)
+        epochs, places = np.divmod(numbers, len(self.dataset))
+        ids = [self._permutation(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        return self._global_batch(np.concatenate(ids))
+
+    def evaluation_batches(self) -> Iterator[GlobalBatch]:
+        """Every sample once, in order; the last batch may be smaller."""
+        for start in range(0, len(self.dataset), self.global_batch_size):
+            yield self._global_batch(np.arange(start, min(start + self.global_batch_size, len(self.dataset))))
+
+    def _new_permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+
+    def _global_batch(self, ids: np.ndarray) -> GlobalBatch:
+        lengths = self.dataset.lengths[ids]
+        ranks = plan(lengths, self.pack_tokens, self.dp_size, self.microbatch_multiple, self.attention_cost)
+        total_weight = float(self.dataset.samples["weight"][ids].astype(np.float64).sum())
+        scale = len(ids) / total_weight if total_weight > 0 else 0.0
+        return GlobalBatch(
+            microbatches=[self._pack(ids[pack], scale) for pack in ranks[self.dp_rank]],
+            num_samples=len(ids),
+            num_tokens=int(lengths.sum()),
+            num_rows=int(self._num_rows[ids].sum()),
+            squared_lengths=int((lengths**2).sum()),
+        )
+
+    def _pack(self, ids: np.ndarray, weight_scale: float) -> PackedBatch:
+        lengths = self.dataset.lengths[ids]
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        used = int(starts[-1])
+        size = max(1, -(-used // self.pad_multiple)) * self.pad_multiple
+        tokens = np.full(size, PADDING_TOKEN, np.int64)
+        for start, sample in zip(starts, ids):
+            sequence = self.dataset.tokens(sample)
+            tokens[start : start + len(sequence)] = sequence
+        cu_seqlens = starts if used == size else np.append(starts, size)
+        position_ids = np.arange(size) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
+        rows = self._rows(ids, starts)
+        targets = tokens[rows + 1] if self.objective == "response-lm" else np.empty(0, np.int64)
+        facts = self.dataset.samples[ids]
+        return PackedBatch(
+            tokens=torch.from_numpy(tokens),
+            position_ids=torch.from_numpy(position_ids),
+            cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+            max_seqlen=int(np.diff(cu_seqlens).max()),
+            rows=torch.from_numpy(rows),
+            targets=torch.from_numpy(targets),
+            sample_ids=torch.from_numpy(np.asarray(ids, np.int64)),
+            preference=torch.from_numpy(facts["preference"].copy()),
+            weight=torch.from_numpy((facts["weight"] * weight_scale).astype(np.float32)),
+            margin=torch.from_numpy(facts["margin"].copy()),
+        )
+
+    def _rows(self, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Positions in the pack whose hidden state predicts, ascending."""
+        ranges = [
+            np.arange(begin[sample], end[sample]) + start
+            for sample, start in zip(ids, starts)
+            for begin, end in self._loss_ranges
+        ]
+        return np.concatenate([np.empty(0, np.int64), *ranges]).astype(np.int64)
+
+
+def _loss_ranges(
+    dataset: PairDataset, objective: str, response_loss: str, marker_loss: bool
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Ranges of predicting positions of every sample, [(first [n], end [n]), ...], one before the tokens they predict."""
+    facts, lengths = dataset.samples, dataset.lengths
+    if objective == "pair-preference":
+        return [(lengths - 1, lengths)]
+    names = ["target_start", "a_start", "a_end", "middle", "b_start", "b_end"]
+    at = {name: facts[name].astype(np.int64) for name in names}
+    partial = response_loss != "both" or not marker_loss
+    if partial and (at["middle"] < 0).any():
+        number = int(np.argmax(at["middle"] < 0))
+        raise ConfigError(
+            f"{dataset.prefix}: sample {number} does not show where its two responses are (a ready-made row without the "
+            "template's markers), which --response-loss a or b and --no-marker-loss need."
+        )
+    tokens = {
+        ("both", True): [(at["target_start"], lengths)],
+        ("a", True): [(at["target_start"], at["middle"])],
+        ("b", True): [(at["middle"], lengths)],
+        ("both", False): [(at["a_start"], at["a_end"]), (at["b_start"], at["b_end"])],
+        ("a", False): [(at["a_start"], at["a_end"])],
+        ("b", False): [(at["b_start"], at["b_end"])],
+    }[response_loss, marker_loss]
+    return [(begin - 1, end - 1) for begin, end in tokens]
