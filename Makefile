@@ -1,0 +1,26 @@
+# Everything runs in a virtual environment that the first target makes ($(VENV)); later calls reuse it.
+#   make quickstart ARGS="--data pairs.jsonl --eval-data test.jsonl"       make test ARGS="tests/test_demo.py -k learn"
+VENV ?= .venv
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test lint clean
+
+help:            ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+venv:            ## make or reuse the virtual environment (Python 3.11 or 3.12)
+	@bash tools/make_venv.sh $(VENV)
+
+quickstart: venv ## demonstration: data, tokenizer, stage 1, stage 2, export, accuracy before and after
+	@$(VENV)/bin/python -m gram_engine.quickstart $(ARGS)
+
+test: venv       ## the whole test suite
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: venv       ## style and unused names
+	@$(VENV)/bin/python -m ruff check gram_engine tests tools setup.py
+
+clean:           ## remove runs/, caches and the virtual environment
+	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache $(VENV)
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
