@@ -1,0 +1,88 @@
+"""Starts a training script under torchrun, with torchrun's own flags picked out of one command line.
+
+    python -m gram_engine.launch examples/pretrain_gram.sh --nnodes 2 --node-rank 0 --rdzv-endpoint host:29500 --lr 1e-5
+
+torchrun needs its flags before the script and the trainer's after it; here they may come in any order.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Sequence
+
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+# Flags of torchrun that would change what is run, rather than where.
+_NOT_PASSED = {"--help", "--module", "--no-python", "--run-path"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `SCRIPT FLAGS...` as torchrun would, on one process per GPU unless --nproc-per-node or NPROC_PER_NODE says else."""
+    script, *flags = sys.argv[1:] if argv is None else argv
+    if "-h" in flags or "--help" in flags:
+        os.execv(sys.executable, [sys.executable, script, "--help"])
+    for_torchrun, for_script = split_flags(flags)
+    command = [*with_defaults(for_torchrun), script, *for_script]
+    arguments = run.parse_args(command)
+    processes = arguments.nproc_per_node
+    if "OMP_NUM_THREADS" not in os.environ and processes.isdigit():
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(processes)))
+    try:
+        run.run(arguments)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        if failure.exitcode != 2:  # 2: the trainer has said what is wrong
+            print(error.format_msg(), file=sys.stderr)
+        sys.exit(max(1, failure.exitcode))
+
+
+def split_flags(flags: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(torchrun's flags with their values, all others), both in the order given. `--node_rank` counts as `--node-rank`."""
+    known = _torchrun_flags()
+    for_torchrun: list[str] = []
+    for_script: list[str] = []
+    arguments = iter(flags)
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        name = name.replace("_", "-")
+        if name not in known:
+            for_script.append(argument)
+            continue
+        for_torchrun.append(argument)
+        if known[name] and not equals:
+            for_torchrun.extend(value for value in [next(arguments, None)] if value is not None)
+    return for_torchrun, for_script
+
+
+def with_defaults(for_torchrun: Sequence[str]) -> list[str]:
+    """torchrun's flags with a number of processes, and a free port where there is one node."""
+    given = {flag.partition("=")[0].replace("_", "-") for flag in for_torchrun}
+    flags = list(for_torchrun)
+    if "--nproc-per-node" not in given:
+        flags = ["--nproc-per-node", os.environ.get("NPROC_PER_NODE") or str(_gpus()), *flags]
+    one_node = not given & {"--nnodes", "--rdzv-endpoint", "--master-addr", "--master-port"}
+    if one_node and "--standalone" not in given:
+        flags = ["--standalone", *flags]
+    return flags
+
+
+def _gpus() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _torchrun_flags() -> dict[str, bool]:
+    """torchrun's long flags -> whether a value follows."""
+    actions = run.get_args_parser()._option_string_actions.items()
+    return {
+        name: action.nargs != 0
+        for name, action in actions
+        if name.startswith("--") and name.replace("_", "-") not in _NOT_PASSED
+    }
+
+
+if __name__ == "__main__":
+    main()
