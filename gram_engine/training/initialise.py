@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from gram_engine.config import Config, is_main_process, world_size
 from gram_engine.data.dataset import PairDataset
@@ -27,15 +29,16 @@ class PreparedData:
 
 
 def start_processes(config: Config, platform: Platform) -> None:
-    """Join the default process group (one process alone needs no torchrun) and set up model-parallel groups and seeds."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
+    """Join the default process group; one process alone needs no torchrun."""
     timeout = datetime.timedelta(minutes=config.parallel.distributed_timeout_minutes)
     if world_size() == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(platform.backend, timeout=timeout)
+
+
+def start_model_parallel(config: Config) -> None:
+    """Set up megatron-core's groups (tensor, pipeline, data parallel) and seeds within the default process group."""
     parallel = config.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,

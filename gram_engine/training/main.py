@@ -46,12 +46,13 @@ def run(config: Config) -> dict[str, float]:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from gram_engine.training.initialise import complete_vocabulary, prepare_data, start_processes
+    from gram_engine.training.initialise import complete_vocabulary, prepare_data, start_model_parallel, start_processes
     from gram_engine.training.loop import Trainer
     from gram_engine.training.reporting import log
 
     start_processes(config, platform)
     try:
+        start_model_parallel(config)
         prepared = prepare_data(config)
         complete_vocabulary(config, prepared)
         log(config.to_yaml())

@@ -1,0 +1,60 @@
+"""Losses and gradient norms at any layout equal one process's: both stages, packed, tied and untied embeddings."""
+
+import pytest
+
+from tests.tiny import tiny_config, tiny_trainer, train_steps
+
+STEPS = 10
+LAYOUTS = {
+    "tp2": (2, "--tensor-model-parallel-size 2"),
+    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "pp3": (3, "--pipeline-model-parallel-size 3"),
+    "pp2-vpp3": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+    "tp2-pp2-sp": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel"),
+    "dp2": (2, ""),
+    "dp2-distributed-optimizer": (2, "--use-distributed-optimizer"),
+    "dp2-overlap": (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
+    "dp2-tp2-pp1-overlap": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel "
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    ),
+    "recompute": (1, "--recompute-granularity full"),
+}
+STAGES = {"stage1": "--objective response-lm --logits-chunk-size 50", "stage2": "--objective pair-preference"}
+
+
+def curve(prefix, tokenizer_model, flags):
+    return train_steps(tiny_trainer(tiny_config(prefix, tokenizer_model, flags)), STEPS)
+
+
+@pytest.fixture(scope="module")
+def references(pool, tiny_data):
+    """Curves of one process, made once per (stage, tied)."""
+    made = {}
+
+    def reference(stage, tied):
+        if (stage, tied) not in made:
+            flags = f"{STAGES[stage]} {tied}"
+            made[stage, tied] = pool.run(curve, 1, tiny_data[stage], tiny_data["tokenizer"], flags)[0]
+        return made[stage, tied]
+
+    return reference
+
+
+@pytest.mark.parametrize("tied", ["tied", "untied"])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_equals_one_process(layout, stage, tied, pool, tiny_data, references):
+    tying = f"--untie-embeddings-and-output-weights {tied == 'untied'}"
+    processes, flags = LAYOUTS[layout]
+    expected = references(stage, tying)
+    curves = pool.run(
+        curve, processes, tiny_data[stage], tiny_data["tokenizer"], f"{flags} {STAGES[stage]} {tying}"
+    )
+    for found in curves:
+        for (loss, norm), (expected_loss, expected_norm) in zip(found, expected, strict=True):
+            assert loss == pytest.approx(expected_loss, rel=1e-5)
+            assert norm == pytest.approx(expected_norm, rel=1e-5)
+    assert expected[-1][0] < expected[0][0]

@@ -1,0 +1,57 @@
+"""A resumed run continues as the uninterrupted one: bit for bit in the same layout, within 1e-5 at another."""
+
+import pytest
+
+from tests.tiny import tiny_config, tiny_trainer, train_steps
+
+SAVE_AT, STEPS = 4, 8
+DISTRIBUTED = "--use-distributed-optimizer"
+
+
+def uninterrupted(prefix, tokenizer_model, flags, folder):
+    trainer = tiny_trainer(tiny_config(prefix, tokenizer_model, f"{flags} --save {folder}"))
+    train_steps(trainer, SAVE_AT)
+    trainer.save()
+    from gram_engine.training.checkpoint import finish_async_saves
+
+    finish_async_saves()
+    return train_steps(trainer, STEPS - SAVE_AT)
+
+
+def resumed(prefix, tokenizer_model, flags, folder):
+    trainer = tiny_trainer(tiny_config(prefix, tokenizer_model, f"{flags} --load {folder}"))
+    assert trainer.state.iteration == SAVE_AT and trainer.state.consumed_samples == SAVE_AT * 8
+    return train_steps(trainer, STEPS - SAVE_AT)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("distributed", ["", DISTRIBUTED], ids=["plain", "distributed-optimizer"])
+def test_resume_at_other_layouts(stage, distributed, pool, tiny_data, tmp_path):
+    objective = {"stage1": "response-lm", "stage2": "pair-preference"}[stage]
+    common = f"--objective {objective} --untie-embeddings-and-output-weights {stage == 'stage1'} {distributed}"
+    data = (tiny_data[stage], tiny_data["tokenizer"])
+    saved_with = f"{common} --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
+    expected = pool.run(uninterrupted, 4, *data, saved_with, str(tmp_path))[0]
+
+    assert pool.run(resumed, 4, *data, saved_with, str(tmp_path))[0] == expected, "same layout: bit for bit"
+    for processes, layout in ((2, ""), (2, "--pipeline-model-parallel-size 2"), (1, "")):
+        found = pool.run(resumed, processes, *data, f"{common} {layout}", str(tmp_path))[0]
+        for (loss, norm), (expected_loss, expected_norm) in zip(found, expected, strict=True):
+            assert loss == pytest.approx(expected_loss, rel=1e-5)
+            assert norm == pytest.approx(expected_norm, rel=1e-5)
+
+
+def test_async_save_and_bf16_resume_bit_for_bit(pool, tiny_data, tmp_path):
+    flags = "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+    data = (tiny_data["stage2"], tiny_data["tokenizer"])
+    expected = pool.run(uninterrupted, 2, *data, f"{flags} --async-save", str(tmp_path))[0]
+    assert pool.run(resumed, 2, *data, flags, str(tmp_path))[0] == expected
+
+
+def test_virtual_stages_resume_without_them(pool, tiny_data, tmp_path):
+    flags = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+    data = (tiny_data["stage2"], tiny_data["tokenizer"])
+    expected = pool.run(uninterrupted, 2, *data, flags, str(tmp_path))[0]
+    assert pool.run(resumed, 2, *data, flags, str(tmp_path))[0] == expected
+    other = pool.run(resumed, 3, *data, "--pipeline-model-parallel-size 3", str(tmp_path))[0]
+    assert [loss for loss, _ in other] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
