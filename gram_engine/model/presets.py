@@ -1,0 +1,133 @@
+"""Shapes by name and from a Hugging Face folder, and back to a Hugging Face config. Field names are ModelConfig's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from gram_engine.config import ModelConfig
+from gram_engine.errors import ConfigError
+
+
+def _llama(layers, hidden, ffn, heads, groups, *, scaling=None, tied=False, base=500000.0, positions=131072, vocab=128256):
+    return dict(
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        vocab_size=vocab,
+        rotary_base=base,
+        rope_scaling_factor=scaling,
+        max_position_embeddings=positions,
+        untie_embeddings_and_output_weights=not tied,
+    )
+
+
+def _small(layers, hidden, ffn, heads, groups, tied=False):
+    """Shapes to train from scratch: the vocabulary and the length are the data's."""
+    return dict(
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        rotary_base=10000.0,
+        untie_embeddings_and_output_weights=not tied,
+    )
+
+
+PRESETS: dict[str, dict] = {
+    "tiny": _small(2, 64, 192, 4, 2),
+    "tiny-tied": _small(2, 64, 192, 4, 2, tied=True),
+    "small": _small(4, 256, 704, 4, 2),
+    "llama-2-7b": _llama(32, 4096, 11008, 32, 32, base=10000.0, positions=4096, vocab=32000),
+    "llama-3-8b": _llama(32, 4096, 14336, 32, 8, positions=8192),
+    "llama-3.1-8b": _llama(32, 4096, 14336, 32, 8, scaling=8.0),
+    "llama-3.1-70b": _llama(80, 8192, 28672, 64, 8, scaling=8.0),
+    "llama-3.2-1b": _llama(16, 2048, 8192, 32, 8, scaling=32.0, tied=True),
+    "llama-3.2-3b": _llama(28, 3072, 8192, 24, 8, scaling=32.0, tied=True),
+}
+
+# megatron-core's RotaryEmbedding has these built in (rotary_pos_embedding.py, _apply_scaling).
+ROPE_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def shape_from_hf(folder: str | Path) -> dict:
+    """ModelConfig fields from `folder`/config.json.
+
+    Raises:
+        ConfigError: no such folder, another architecture than LLaMA, or a feature the engine does not have.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file. --load-hf needs a Hugging Face folder with config.json and safetensors.")
+    hf = json.loads(path.read_text(encoding="utf-8"))
+    if hf.get("model_type") != "llama":
+        raise ConfigError(f"{path}: model_type is {hf.get('model_type')!r}; the engine reads 'llama'.")
+    for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        if hf.get(key, wanted) != wanted:
+            raise ConfigError(f"{path}: {key} is {hf[key]!r}; the engine has only {wanted!r}.")
+    base, factor = _rope(hf, path)
+    heads = hf["num_attention_heads"]
+    return dict(
+        num_layers=hf["num_hidden_layers"],
+        hidden_size=hf["hidden_size"],
+        ffn_hidden_size=hf["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=hf.get("num_key_value_heads") or heads,
+        kv_channels=hf.get("head_dim") or hf["hidden_size"] // heads,
+        vocab_size=hf["vocab_size"],
+        rotary_base=base,
+        rope_scaling_factor=factor,
+        norm_epsilon=hf["rms_norm_eps"],
+        max_position_embeddings=hf["max_position_embeddings"],
+        untie_embeddings_and_output_weights=not hf.get("tie_word_embeddings", False),
+    )
+
+
+def _rope(hf: dict, path: Path) -> tuple[float, float | None]:
+    """(base, LLaMA-3.1 scaling factor or None): transformers >= 5 keeps both in `rope_parameters`."""
+    parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    base = parameters.get("rope_theta", hf.get("rope_theta", 10000.0))
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return float(base), None
+    if kind != "llama3":
+        raise ConfigError(f"{path}: rope_type {kind!r}; the engine has 'default' and 'llama3'.")
+    for key, wanted in ROPE_SCALING.items():
+        if parameters.get(key) != wanted:
+            raise ConfigError(f"{path}: {key} is {parameters.get(key)}; megatron-core's scaling has {wanted} built in.")
+    return float(base), float(parameters["factor"])
+
+
+def hf_config(model: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None) -> dict:
+    """config.json of a resolved model for LlamaForCausalLM; `dtype` as torch names it, such as "bfloat16"."""
+    rope = {"rope_type": "default", "rope_theta": model.rotary_base}
+    if model.rope_scaling_factor is not None:
+        rope.update({"rope_type": "llama3", "factor": model.rope_scaling_factor, **ROPE_SCALING})
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.kv_channels,
+        "vocab_size": model.vocab_size,
+        "rms_norm_eps": model.norm_epsilon,
+        "max_position_embeddings": model.max_position_embeddings,
+        "rope_parameters": rope,
+        "rope_theta": model.rotary_base,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "initializer_range": model.init_method_std,
+        "use_cache": True,
+        "dtype": dtype,
+    }
