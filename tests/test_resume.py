@@ -12,10 +12,9 @@ def uninterrupted(prefix, tokenizer_model, flags, folder):
     trainer = tiny_trainer(tiny_config(prefix, tokenizer_model, f"{flags} --save {folder}"))
     train_steps(trainer, SAVE_AT)
     trainer.save()
-    from gram_engine.training.checkpoint import finish_async_saves
-
-    finish_async_saves()
-    return train_steps(trainer, STEPS - SAVE_AT)
+    curve = train_steps(trainer, STEPS - SAVE_AT)
+    trainer.saver.finish()
+    return curve
 
 
 def resumed(prefix, tokenizer_model, flags, folder):

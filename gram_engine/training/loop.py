@@ -17,7 +17,7 @@ from gram_engine.model.build import build_model
 from gram_engine.objectives import build_objective
 from gram_engine.platform import Platform
 from gram_engine.training import checkpoint as checkpoints
-from gram_engine.training.checkpoint import TrainState
+from gram_engine.training.checkpoint import CheckpointSaver, TrainState
 from gram_engine.training.evaluate import evaluate
 from gram_engine.training.flops import step_flops
 from gram_engine.training.initialise import PreparedData
@@ -44,6 +44,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config)
         self.scheduler = build_scheduler(self.optimizer, config, self.train_samples)
         connect_schedule(self.model, self.optimizer, config)
+        self.saver = CheckpointSaver(config, self.dataset.manifest)
         self.state = self._resume()
 
     def train(self) -> dict[str, float]:
@@ -58,6 +59,7 @@ class Trainer:
             state.iteration += 1
             state.consumed_samples += batch.num_samples
             self.reporter.count(batch.num_samples, batch.num_tokens, step_flops(config, batch))
+            self.saver.finish(blocking=False)
             finished = state.iteration == last_step
             if state.iteration % config.logging.log_interval == 0 or finished:
                 metrics = self.objective.metrics(stats)
@@ -68,7 +70,7 @@ class Trainer:
                 metrics = {**metrics, **self.evaluate()}
             if config.checkpoint.save and self._due(config.checkpoint.save_interval, finished):
                 self.save()
-        checkpoints.finish_async_saves()
+        self.saver.finish()
         self.reporter.close()
         return metrics
 
@@ -95,15 +97,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this step."""
         self._settle_parameters()
-        checkpoints.save_checkpoint(
-            self.config.checkpoint.save,
-            self.state,
-            self.model,
-            self.optimizer,
-            self.scheduler,
-            self.config,
-            self.dataset.manifest,
-        )
+        self.saver.save(self.state, self.model, self.optimizer, self.scheduler)
         self._resume_hooks()
         log(f"saved {self.config.checkpoint.save} at step {self.state.iteration}")
 

@@ -1,0 +1,248 @@
+"""Checkpoints in megatron-core's torch_dist format: saved at one layout, loaded at any other.
+
+    FOLDER/latest_checkpointed_iteration.txt    written last
+    FOLDER/iter_0000100/                        written as iter_0000100.tmp, renamed when whole
+        __0_0.distcp ... .metadata common.pt    model and optimizer (sharded), schedule and position
+        run_config.yaml data_manifest.json template.yaml tokenizer/
+
+No random number is drawn after initialisation (dropouts are 0, the data order is a function of seed and position), so
+weights, optimizer, schedule and position are all that an exact resume needs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+
+from gram_engine.config import Config, is_main_process, load_yaml
+from gram_engine.data.template import JudgeTemplate
+from gram_engine.data.tokenizer import Tokenizer
+from gram_engine.errors import CheckpointError
+from gram_engine.fileio import write_atomically
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RUN_CONFIG, DATA_MANIFEST, TEMPLATE, TOKENIZER = "run_config.yaml", "data_manifest.json", "template.yaml", "tokenizer"
+
+# Optimizer state by parameter in model space: the layout that can be loaded at any TP, PP and DP.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+SHAPE_FIELDS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "untie_embeddings_and_output_weights",
+)
+
+
+@dataclass
+class TrainState:
+    """How far a run has come."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint that the tracker file names, or `folder` itself where it is one; None where there is none.
+
+    Raises:
+        CheckpointError: the tracker names a checkpoint that is not there.
+    """
+    folder = Path(folder)
+    if (folder / ".metadata").is_file():
+        return folder
+    tracker = folder / TRACKER
+    if not tracker.is_file():
+        return None
+    found = folder / f"iter_{int(tracker.read_text()):07d}"
+    if not (found / ".metadata").is_file():
+        raise CheckpointError(f"{tracker} names {found.name}, which is missing or incomplete. Write another number there.")
+    return found
+
+
+class CheckpointSaver:
+    """Writes checkpoints of one run, in the foreground or (--async-save) behind the training steps."""
+
+    def __init__(self, config: Config, data_manifest: dict):
+        self.config = config
+        self.data_manifest = data_manifest
+        self.queue = AsyncCallsQueue(persistent=False) if config.checkpoint.async_save else None
+
+    def save(self, state: TrainState, model: list, optimizer, scheduler) -> None:
+        """Save to --save; every process takes part. The checkpoint counts once its folder has its final name."""
+        final = Path(self.config.checkpoint.save) / f"iter_{state.iteration:07d}"
+        temporary = final.with_suffix(".tmp")
+        self.finish()
+        if is_main_process():
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            self._write_companions(temporary)
+        dist.barrier()
+        strategy = FullyParallelSaveStrategyWrapper(
+            get_default_save_sharded_strategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
+        )
+        request = dist_checkpointing.save(
+            _sharded_state(model, optimizer, scheduler, state),
+            str(temporary),
+            sharded_strategy=strategy,
+            async_sharded_save=self.queue is not None,
+            content_metadata=METADATA,
+        )
+        publish = partial(_publish, temporary, final)
+        if self.queue is None:
+            publish()
+            dist.barrier()
+        else:
+            request.add_finalize_fn(publish)
+            self.queue.schedule_async_request(request)
+
+    def finish(self, blocking: bool = True) -> None:
+        """Publish background saves that are done; wait for them when `blocking`. Every process must call it."""
+        if self.queue is not None:
+            self.queue.maybe_finalize_async_calls(blocking=blocking)
+
+    def _write_companions(self, folder: Path) -> None:
+        self.config.save(folder / RUN_CONFIG)
+        with write_atomically(folder / DATA_MANIFEST) as handle:
+            json.dump(self.data_manifest, handle, indent=1)
+        template = {key: value for key, value in self.data_manifest["template"].items() if key != "sha256"}
+        with write_atomically(folder / TEMPLATE) as handle:
+            handle.write(JudgeTemplate.from_dict(template, DATA_MANIFEST).to_yaml())
+        data = self.config.data
+        Tokenizer.load(data.tokenizer_type, data.tokenizer_model).save_pretrained(folder / TOKENIZER)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Give a whole checkpoint its name, then point the tracker at it."""
+    if not is_main_process():
+        return
+    replaced = final.with_suffix(".old")
+    if final.exists():
+        final.rename(replaced)
+    temporary.rename(final)
+    _fsync_folder(final.parent)
+    with write_atomically(final.parent / TRACKER) as handle:
+        handle.write(str(int(final.name.removeprefix("iter_"))))
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_checkpoint(folder: str | Path, model: list, optimizer, scheduler, config: Config) -> TrainState:
+    """Restore model, optimizer, schedule and position from the newest checkpoint in `folder`, saved at any layout.
+
+    With --no-load-optim only weights and position come back; the optimizer and the schedule start anew.
+
+    Raises:
+        CheckpointError: there is none, it is of another shape, or it cannot be read.
+    """
+    path = _checked_path(folder, config)
+    if not config.checkpoint.load_optim:
+        optimizer = None
+    state = _read(path, _sharded_state(model, optimizer, scheduler, TrainState(), loading=True))
+    _load_model(model, state)
+    if optimizer is not None:
+        with torch.no_grad():
+            optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+    return TrainState(**state["train_state"])
+
+
+def load_weights(folder: str | Path, model: list, config: Config) -> None:
+    """Restore the weights alone, as a starting point for another run.
+
+    Raises:
+        CheckpointError: as for `load_checkpoint`.
+    """
+    path = _checked_path(folder, config)
+    _load_model(model, _read(path, _sharded_model(model)))
+
+
+def run_config_of(checkpoint: str | Path) -> Config:
+    """The resolved configuration that a checkpoint was saved with."""
+    return load_yaml(Path(checkpoint) / RUN_CONFIG)
+
+
+def _checked_path(folder: str | Path, config: Config) -> Path:
+    path = latest_checkpoint(folder)
+    if path is None:
+        raise CheckpointError(f"{folder}: no checkpoint here ({TRACKER} is missing). Check the path.")
+    saved = run_config_of(path)
+    for name in SHAPE_FIELDS:
+        before, now = getattr(saved.model, name), getattr(config.model, name)
+        if before != now:
+            flag = "--" + name.replace("_", "-")
+            raise CheckpointError(
+                f"{path}: saved with {flag} {before}, this run has {now}. Use the checkpoint's shape "
+                f"(--config {path / RUN_CONFIG}), or another --load."
+            )
+    if saved.parallel.use_distributed_optimizer != config.parallel.use_distributed_optimizer and config.checkpoint.load:
+        raise CheckpointError(
+            f"{path}: saved with use_distributed_optimizer {saved.parallel.use_distributed_optimizer}. Resume with the "
+            "same setting, or start from the weights alone with --pretrained-checkpoint."
+        )
+    return path
+
+
+def _read(path: Path, sharded_state: dict) -> dict:
+    try:
+        return dist_checkpointing.load(
+            sharded_state, str(path), sharded_strategy=get_default_load_sharded_strategy(str(path))
+        )
+    except (CheckpointingException, OSError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path}: cannot be loaded: {error}") from error
+
+
+def _bare(chunk):
+    """The RewardModel inside DDP and Float16Module."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _model_key(model: list, index: int) -> str:
+    return "model" if len(model) == 1 else f"model{index}"
+
+
+def _sharded_model(model: list) -> dict:
+    return {_model_key(model, index): _bare(chunk).sharded_state_dict() for index, chunk in enumerate(model)}
+
+
+def _sharded_state(model: list, optimizer, scheduler, state: TrainState, loading: bool = False) -> dict:
+    sharded = _sharded_model(model)
+    if optimizer is not None:
+        # A copy: the optimizer must not see its own entry.
+        sharded["optimizer"] = optimizer.sharded_state_dict(dict(sharded), is_loading=loading, metadata=METADATA)
+        sharded["scheduler"] = scheduler.state_dict()
+    sharded["train_state"] = asdict(state)
+    return sharded
+
+
+def _load_model(model: list, state: dict) -> None:
+    for index, chunk in enumerate(model):
+        _bare(chunk).load_state_dict(state[_model_key(model, index)])

@@ -1,0 +1,76 @@
+"""Fixtures that several test files share."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.pool import Pool
+
+TEMPLATE = str(Path(__file__).parents[1] / "examples" / "configs" / "quickstart-template.yaml")
+WORDS = "red blue green stone river cloud apple seven quiet bright table window garden music paper silver".split()
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Four worker processes for tests of several ranks."""
+    workers = Pool(4)
+    yield workers
+    workers.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A few dozen preference pairs of varied length, preprocessed for both stages.
+
+    Keys: tokenizer (SentencePiece file), jsonl, stage1, stage2 (prefixes), longest (tokens of the longest sample).
+    """
+    folder = tmp_path_factory.mktemp("tiny")
+    jsonl = folder / "pairs.jsonl"
+    write_pairs(jsonl, rows=48)
+    tokenizer = train_tokenizer(jsonl, folder / "tokenizer.model")
+    made = {"tokenizer": tokenizer, "jsonl": str(jsonl), "longest": {}}
+    from gram_engine.config import DataConfig
+    from gram_engine.data.preprocess import preprocess
+
+    for stage, objective in (("stage1", "response-lm"), ("stage2", "pair-preference")):
+        made[stage] = str(folder / stage)
+        cfg = DataConfig(tokenizer_model=tokenizer, seq_length=192, template=TEMPLATE)
+        manifest = preprocess([jsonl], made[stage], objective=objective, cfg=cfg, both_orders=False)
+        made["longest"][stage] = manifest["longest"]
+    return made
+
+
+def write_pairs(path, rows: int, seed: int = 0) -> None:
+    """Preference rows of random words."""
+    draw = random.Random(seed)
+    text = lambda low, high: " ".join(draw.choices(WORDS, k=draw.randint(low, high)))  # noqa: E731
+    with open(path, "w", encoding="utf-8") as handle:
+        for number in range(rows):
+            chosen, rejected = f"yes {text(1, 25)}", f"no {text(1, 25)}"
+            row = {"prompt": f"{number} {text(2, 12)}", "chosen": chosen, "rejected": rejected}
+            handle.write(json.dumps(row) + "\n")
+
+
+def train_tokenizer(jsonl, path, vocab_size: int = 512) -> str:
+    """A SentencePiece model of the pairs and of the judge template."""
+    import sentencepiece
+
+    from gram_engine.data.template import JudgeTemplate
+
+    template = JudgeTemplate.load(TEMPLATE)
+    lines = [*[template.judge("x", "y", "z")] * 20, *jsonl.read_text().splitlines()]
+    text = path.with_suffix(".txt")
+    text.write_text("\n".join(lines) + "\nA\nB\n")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(path.with_suffix("")),
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return str(path)

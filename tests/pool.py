@@ -1,0 +1,106 @@
+"""A pool of worker processes that have torch and megatron-core imported, for tests that need several ranks."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch.multiprocessing as mp
+
+TIMEOUT_SECONDS = 180
+
+
+class WorkerError(AssertionError):
+    """A worker raised, died or hung; the text holds the rank and its traceback."""
+
+
+class Pool:
+    """`size` spawned processes on the loopback; each run forms a fresh gloo world of the first few."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.workers: list = []
+
+    def run(self, function, world_size: int, *args, timeout: float = TIMEOUT_SECONDS) -> list:
+        """Call function(*args) in `world_size` ranks; returns what each rank returned.
+
+        Raises:
+            WorkerError: a rank raised, died or did not answer in time; the pool starts anew for the next run.
+        """
+        self._start()
+        with tempfile.TemporaryDirectory() as folder:
+            store = str(Path(folder) / "store")
+            for rank in range(world_size):
+                self.workers[rank][1].send((function, args, rank, world_size, store))
+            try:
+                return [self._answer(rank, timeout) for rank in range(world_size)]
+            except WorkerError:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """End all workers."""
+        for process, connection in self.workers:
+            process.kill()
+            process.join()
+            connection.close()
+        self.workers = []
+
+    def _start(self) -> None:
+        if self.workers:
+            return
+        context = mp.get_context("spawn")
+        for _ in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self.workers.append((process, ours))
+
+    def _answer(self, rank: int, timeout: float):
+        connection = self.workers[rank][1]
+        if not connection.poll(timeout):
+            raise WorkerError(f"rank {rank} did not answer within {timeout} s")
+        try:
+            result, failure = connection.recv()
+        except EOFError:
+            raise WorkerError(f"rank {rank} died") from None
+        if failure is not None:
+            raise WorkerError(f"rank {rank} raised:\n{failure}")
+        return result
+
+
+def _serve(connection) -> None:
+    # A daemonic process may not have children, which the checkpoint writer starts.
+    mp.current_process()._config["daemon"] = False
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    from gram_engine import platform
+
+    torch.set_num_threads(1)
+    platform.initialise("cpu")
+    while True:
+        try:
+            function, args, rank, world_size, store = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((_in_world(function, args, rank, world_size, store), None))
+        except BaseException:
+            connection.send((None, traceback.format_exc()))
+
+
+def _in_world(function, args, rank: int, world_size: int, store: str):
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    try:
+        return function(*args)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
