@@ -147,7 +147,7 @@ def initialise_weights(chunk: RewardModel, config: Config) -> None:
     padding are zero.
     """
     std = config.model.init_method_std
-    for tensor in _sharded_tensors(chunk):
+    for tensor in sharded_tensors(chunk):
         name, stacked = tensor.key, tensor.prepend_axis_num
         shape, offset = tensor.global_shape[stacked:], tensor.global_offset[stacked:]
         if len(shape) == 1:
@@ -164,7 +164,7 @@ def initialise_weights(chunk: RewardModel, config: Config) -> None:
         tensor.data.copy_(full[tuple(slice(start, start + size) for start, size in zip(offset, tensor.local_shape))])
 
 
-def _sharded_tensors(chunk: RewardModel) -> Iterator[ShardedTensor]:
+def sharded_tensors(chunk: RewardModel) -> Iterator[ShardedTensor]:
     """The chunk's parameters with their place in the whole model; the gate and up halves of fc1 one by one."""
     for entry in nested_values(chunk.sharded_state_dict()):
         parts = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]

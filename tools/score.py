@@ -1,0 +1,7 @@
+#!/usr/bin/env python
+"""See `python tools/score.py --help`; the code is in gram_engine.scoring.scorer."""
+
+from gram_engine.scoring.scorer import main
+
+if __name__ == "__main__":
+    main()
