@@ -27,7 +27,7 @@ SEQUENCES = {
 WORDS = {kind: tuple(words.split()) for kind, words in SEQUENCES.items()}
 CYCLIC = ("days", "months")
 
-SIZES = {"four": 4, "five": 5, "six": 6}
+SIZES = {"five": 5, "six": 6, "seven": 7}
 
 QUESTIONS = (
     "List {size} {kind} in order, from {first} on.",

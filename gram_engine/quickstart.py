@@ -32,14 +32,14 @@ class QuickstartConfig:
 
     data: tuple[str, ...] = ()
     """Training pairs (JSONL, JSON, .gz, Parquet); default: demonstration data made on the spot."""
-    eval_data: tuple[str, ...] = ()
+    eval_data: Optional[str] = None
     """Held-out pairs; needed with --data."""
     output_dir: str = "runs/quickstart"
     """Everything is written here."""
     settings: Optional[str] = None
     """Name of the pair of files CONFIGS/NAME-stage1.yaml, NAME-stage2.yaml; default: quickstart, or small with --data."""
     vocab_size: Optional[int] = None
-    """Pieces of the tokenizer; default: 640, or 8192 with --data."""
+    """Pieces of the tokenizer; default: 768, or 8192 with --data."""
     nproc_per_node: Optional[int] = None
     """Training processes; default: the number of GPUs, or 2 where there is none."""
     tensor_model_parallel_size: Optional[int] = None
@@ -66,13 +66,14 @@ class Quickstart:
         train, test = config.data, config.eval_data
         if not train:
             self.step("demonstration data", "gram", "demo-data", "--output-dir", out / "data")
-            train, test = (out / "data/train.jsonl",), (out / "data/test.jsonl",)
+            train, test = (out / "data/train.jsonl",), out / "data/test.jsonl"
         model = out / "tokenizer.model"
-        size = config.vocab_size or (8192 if config.data else 640)
+        size = config.vocab_size or (8192 if config.data else 768)
         template = [] if config.data else ["--template", f"{CONFIGS}/quickstart-template.yaml"]
         self.step(
-            "tokenizer", "gram", "train-tokenizer", "--data", *train, "--output", model, "--vocab-size", size, *template
-        )
+            "tokenizer", "python", "tools/train_tokenizer.py", "--data", *train, "--output", model, "--vocab-size", size,
+            *template,
+        )  # fmt: skip
         accuracy = {}
         for stage, objective in (("stage1", "response-lm"), ("stage2", "pair-preference")):
             self.train(stage, objective, train, model)
@@ -105,12 +106,12 @@ class Quickstart:
         )  # fmt: skip
         self.step(f"{stage}: export", "gram", "convert", "--to", "hf", "--load", out / stage, "--save", out / f"{stage}-hf")
 
-    def score(self, stage: str, test: tuple) -> dict[str, Any]:
+    def score(self, stage: str, test: str | Path) -> dict[str, Any]:
         """Score the held-out pairs with a stage's export; returns the metrics."""
         out = Path(self.config.output_dir)
         report = out / f"{stage}-score.json"
-        files = [*test, out / f"{stage}-scores.jsonl"]
-        self.step(f"{stage}: score", "gram", "score", *files, "--model", out / f"{stage}-hf", "--report", report)
+        scores = out / f"{stage}-scores.jsonl"
+        self.step(f"{stage}: score", "gram", "score", test, scores, "--model", out / f"{stage}-hf", "--report", report)
         return json.loads((ROOT / report).read_text(encoding="utf-8"))
 
     def step(self, title: str, program: str, *arguments: Any) -> None:

@@ -1,0 +1,85 @@
+"""README, CONTRIBUTING and the walk-through name things that exist: files, make targets, commands and flags; configurations parse."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from gram_engine import cli, config
+from gram_engine.launch import split_flags
+from gram_engine.validation import resolve_shape
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "CONTRIBUTING.md", "examples/two_nodes.md")
+CONFIGS = sorted((ROOT / "examples/configs").glob("*.yaml"))
+RUNS = [file for file in CONFIGS if not file.name.endswith("template.yaml")]
+FLAGS = {f"--{name.replace('_', '-')}" for name in config._flag_names()}
+SCRIPTS = ("examples/pretrain_gram.sh", "examples/finetune_gram.sh")
+
+
+def commands(page: str) -> list[list[str]]:
+    """The commands in a page's bash blocks, line continuations joined, comments and loops' frames left out."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line for line in words if line and line[0] not in ("for", "done", "wait", "...the")]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_name_existing_files_targets_and_flags(page):
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert commands(page)
+    for command in commands(page):
+        if command[0] == "make":
+            assert command[1] in targets, command
+            continue
+        assert command[0] in ("torchrun", "bash", "gram"), command
+        if command[0] == "gram":
+            assert command[1] in cli.COMMANDS, command
+        script = next((word for word in command if word.startswith("examples/") and word.endswith(".sh")), None)
+        if script:
+            check_trainer_flags(script, command[command.index(script) + 1 :])
+
+
+def check_trainer_flags(script: str, words: list[str]) -> None:
+    assert script in SCRIPTS
+    _, flags = split_flags([word for word in words if word != "&"])
+    for word in flags:
+        assert not word.startswith("--") or word in FLAGS | {"--config"}, word
+    for file in (word for word in flags if word.startswith("examples/")):
+        assert (ROOT / file).is_file(), file
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_paths_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    linked = [(ROOT / page).parent / target for target in re.findall(r"\]\((?!http)([^)#]+)\)", text)]
+    named = [ROOT / path for path in re.findall(r"`((?:gram_engine|examples|tests|tools)/[\w./-]+)`", text)]
+    for path in linked + named:
+        assert path.exists(), path
+
+
+def test_flag_table_names_flags():
+    rows = re.findall(r"^\| (`--.*?) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    flags = [flag for row in rows for flag in re.findall(r"`(--[a-z0-9-]+)`", row)]
+    assert len(flags) > 20
+    assert set(flags) <= FLAGS
+
+
+@pytest.mark.parametrize("file", RUNS, ids=lambda file: file.stem)
+def test_configurations_parse(file):
+    text = file.read_text(encoding="utf-8")
+    parsed = config.load_yaml(file)
+    if "model:" in text or "num_layers:" in text:
+        resolve_shape(parsed)
+        assert parsed.model.num_layers
+    else:
+        assert parsed.training.objective in ("response-lm", "pair-preference")
+
+
+@pytest.mark.parametrize("kind, lr, epochs, batch, smoothing", [("paper", 1e-5, 1, 256, 0.1), ("release", 2e-5, 2, 128, 0.05)])
+def test_stage_two_presets(kind, lr, epochs, batch, smoothing):
+    training = config.load_yaml(ROOT / f"examples/configs/stage2-{kind}.yaml").training
+    found = (training.lr, training.train_epochs, training.global_batch_size, training.label_smoothing)
+    assert found == (lr, epochs, batch, smoothing)
