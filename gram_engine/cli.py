@@ -12,6 +12,7 @@ COMMANDS = {
     "data inspect": ("gram_engine.data.inspect:main", "show a packed sample: which tokens carry loss"),
     "convert": ("gram_engine.convert.export_hf:main", "checkpoint -> Hugging Face folder"),
     "score": ("gram_engine.scoring.scorer:main", "score preference pairs with a Hugging Face folder"),
+    "train-tokenizer": ("gram_engine.train_tokenizer:main", "train a SentencePiece tokenizer on preference files"),
     "demo-data": ("gram_engine.demo:main", "make the demonstration preference data"),
 }
 

@@ -224,7 +224,7 @@ class LoggingConfig:
 
 @dataclass
 class Config:
-    """Everything a training run is told."""
+    """Train a generative foundation reward model."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -276,20 +276,23 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def parse(argv: list[str], prog: str = "gram", defaults: tuple[str, ...] = ()) -> Config:
+def parse(argv: list[str], prog: str = "gram", defaults: tuple[str, ...] = (), schema: type = Config) -> Config:
     """Configuration from flags; `--config FILE.yaml` (may repeat) fills in what the flags leave open.
+
+    `schema` is the dataclass of sections to fill; a file's keys that only the trainer knows are then passed over, so that
+    one file can serve preprocessing and training.
 
     Raises:
         ConfigError: a YAML file is missing, or holds a key that is no flag.
         SystemExit: tyro's usual exit after `--help` or a badly typed flag.
     """
     files, flags = _split_config_files(list(argv))
-    from_files = [flag for file in files for flag in _flags_from_yaml(Path(file))]
+    from_files = [flag for file in files for flag in _flags_from_yaml(Path(file), schema)]
     return tyro.cli(
-        Config,
+        schema,
         args=[*defaults, *from_files, *flags],
         prog=prog,
-        description="Train a generative foundation reward model. --config FILE.yaml reads flags from a file.",
+        description=f"{schema.__doc__} --config FILE.yaml reads flags from a file.",
         config=(tyro.conf.OmitArgPrefixes,),
         console_outputs=is_main_process(),
     )
@@ -313,11 +316,11 @@ def _split_config_files(argv: list[str]) -> tuple[list[str], list[str]]:
     return files, flags
 
 
-def _flag_names() -> set[str]:
-    return {f.name for section in dataclasses.fields(Config) for f in dataclasses.fields(section.default_factory)}
+def _flag_names(schema: type) -> set[str]:
+    return {f.name for section in dataclasses.fields(schema) for f in dataclasses.fields(section.default_factory)}
 
 
-def _flags_from_yaml(path: Path) -> list[str]:
+def _flags_from_yaml(path: Path, schema: type) -> list[str]:
     if not path.is_file():
         raise ConfigError(f"--config {path}: no such file.")
     try:
@@ -330,14 +333,16 @@ def _flags_from_yaml(path: Path) -> list[str]:
         # A section such as "parallel:" may group keys; "model:" is a section when it holds a mapping, else the preset.
         grouped = key in sections and isinstance(value, dict)
         for name, entry in value.items() if grouped else [(key, value)]:
-            flags += _flag(path, name, entry)
+            flags += _flag(path, name, entry, schema)
     return flags
 
 
-def _flag(path: Path, key: str, value: Any) -> list[str]:
+def _flag(path: Path, key: str, value: Any, schema: type) -> list[str]:
     name = str(key).replace("-", "_")
-    if name not in _flag_names():
-        close = difflib.get_close_matches(name, _flag_names(), n=1)
+    if name in _flag_names(Config) - _flag_names(schema):
+        return []
+    if name not in _flag_names(schema):
+        close = difflib.get_close_matches(name, _flag_names(schema), n=1)
         raise ConfigError(f"{path}: unknown key '{key}'." + (f" Did you mean '{close[0]}'?" if close else ""))
     flag = name.replace("_", "-")
     if isinstance(value, bool):

@@ -90,7 +90,6 @@ def _chosen_rejected(row, data, chosen: Optional[str], rejected: Optional[str], 
         worse = _text(row[rejected], rejected)
     else:
         if not chosen or not rejected:
-            have, lack, flag = (chosen, "chosen", "--chosen-key") if chosen else (rejected, "rejected", "--rejected-key")
             have, lack = (chosen, "rejected") if chosen else (rejected, "chosen")
             raise BadRow(f"field '{lack}' is missing beside '{have}'. Add it, or name it with --{lack}-key.")
         name = _prompt_name(row, data, exclude=(chosen, rejected))

@@ -21,7 +21,7 @@ from typing import Any, Iterable, Iterator, Optional, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from gram_engine.config import Config, DataConfig
+from gram_engine.config import Config, DataConfig, fail, parse
 from gram_engine.data.dataset import FORMAT_VERSION, SAMPLE_DTYPE, PairDataset
 from gram_engine.data.readers import OnReject, read_rows
 from gram_engine.data.samples import (
@@ -39,7 +39,7 @@ from gram_engine.data.schema import Pair, Verbatim
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.data.writer import Chunk, DatasetWriter, RejectsFile
-from gram_engine.errors import DataError
+from gram_engine.errors import ConfigError, DataError, GramError
 from gram_engine.fileio import sha256_of_file
 
 logger = logging.getLogger(__name__)
@@ -303,6 +303,47 @@ def _batched(items: Iterable, size: int) -> Iterator[list]:
             batch = []
     if batch:
         yield batch
+
+
+@dataclasses.dataclass
+class OutputConfig:
+    """What to write."""
+
+    output_prefix: Optional[str] = None
+    """Prefix of the files: PREFIX.bin, .idx, .samples.npy, .json (required)."""
+    objective: Objective = "pair-preference"
+    """Stage the data is for: response-lm (1) or pair-preference (2)."""
+    seed: int = 1234
+    """Seed of the order in which the two responses are shown."""
+
+
+@dataclasses.dataclass
+class PreprocessConfig:
+    """Turn preference files into token sequences for training."""
+
+    output: OutputConfig = dataclasses.field(default_factory=OutputConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+
+
+def main(argv: Optional[list[str]] = None) -> None:
+    """Command line of tools/preprocess_data.py and `gram preprocess`."""
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv, "gram preprocess", schema=PreprocessConfig)
+        output, data = config.output, config.data
+        if output.output_prefix is None or not data.data:
+            raise ConfigError("gram preprocess needs --data FILE ... and --output-prefix PREFIX.")
+        manifest = preprocess(
+            data.data,
+            output.output_prefix,
+            objective=output.objective,
+            cfg=data,
+            both_orders=data.pair_order == "both",
+            workers=data.preprocess_workers,
+            seed=output.seed,
+        )
+        print(f"{output.output_prefix}: {summary(manifest)}")
+    except GramError as error:
+        fail(error)
 
 
 def _tokenizer_path(cfg: DataConfig) -> str:
