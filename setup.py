@@ -26,7 +26,7 @@ setup(
     install_requires=pinned("requirements.txt"),
     extras_require={
         "dev": pinned("requirements-dev.txt"),
-        # megatron-core 0.16.1 asks for transformer-engine >= 2.9, < 2.12; its torch binding and flash-attn compile on install.
+        # megatron-core 0.16.1 asks for transformer-engine >= 2.9, < 2.12; both compile on install.
         "gpu": ["transformer-engine[core_cu13,pytorch]==2.11.0", "flash-attn==2.8.3"],
         "wandb": ["wandb==0.31.0"],
     },

@@ -1,8 +1,8 @@
 """A preference task with a right answer that a program can check and a tiny model can learn from nothing.
 
-The prompt asks for days, months, numbers or letters in order; both responses hold the same words and begin with the same one,
-but only the better response is in order. So neither position, nor length, nor the words give the answer away, an untrained
-judge is right half of the time, and the held-out prompts are never trained on.
+The prompt asks for days, months, numbers or letters in order; both responses hold the same words and begin with the
+same one, but only the better response is in order. So neither position, nor length, nor the words give the answer away,
+an untrained judge is right half of the time, and the held-out prompts are never trained on.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ HELD_OUT_SHARE = 5  # one prompt in so many is held out
 
 
 def pairs(number: int, seed: int, held_out: bool) -> Iterator[dict[str, str]]:
-    """`number` rows {prompt, chosen, rejected, kind}, from training or from held-out prompts; the same for the same seed."""
+    """`number` rows {prompt, chosen, rejected, kind} with training or with held-out prompts; same seed, same rows."""
     draw = random.Random(f"{seed}-{held_out}")
     made = 0
     while made < number:
@@ -98,7 +98,7 @@ class DemoConfig:
 
     output_dir: str = "runs/quickstart/data"
     """Folder for train.jsonl and test.jsonl."""
-    train_pairs: int = 20_000
+    train_pairs: int = 12_000
     """Pairs to train on."""
     test_pairs: int = 400
     """Pairs with held-out prompts."""

@@ -19,7 +19,7 @@ _NOT_PASSED = {"--help", "--module", "--no-python", "--run-path"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run `SCRIPT FLAGS...` as torchrun would, on one process per GPU unless --nproc-per-node or NPROC_PER_NODE says else."""
+    """Run `SCRIPT FLAGS...` as torchrun would; processes: --nproc-per-node, else NPROC_PER_NODE, else one per GPU."""
     script, *flags = sys.argv[1:] if argv is None else argv
     if "-h" in flags or "--help" in flags:
         os.execv(sys.executable, [sys.executable, script, "--help"])
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def split_flags(flags: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(torchrun's flags with their values, all others), both in the order given. `--node_rank` counts as `--node-rank`."""
+    """(torchrun's flags with their values, all others), both in the order given; `--node_rank` is `--node-rank`."""
     known = _torchrun_flags()
     for_torchrun: list[str] = []
     for_script: list[str] = []

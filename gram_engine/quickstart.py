@@ -1,7 +1,7 @@
 """`make quickstart`: the whole way of the data once, each step a command that can be pasted into a shell.
 
-Data, tokenizer, preprocessing, stage 1, stage 2, export and scoring; the held-out accuracy of the stage-1 model (which has
-seen no label) and of the stage-2 model, and every command, end up in OUTPUT_DIR/report.json.
+Data, tokenizer, preprocessing, stage 1, stage 2, export and scoring; the held-out accuracy of the stage-1 model (which
+has seen no label) and of the stage-2 model, and every command, end up in OUTPUT_DIR/report.json.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class QuickstartConfig:
     output_dir: str = "runs/quickstart"
     """Everything is written here."""
     settings: Optional[str] = None
-    """Name of the pair of files CONFIGS/NAME-stage1.yaml, NAME-stage2.yaml; default: quickstart, or small with --data."""
+    """NAME of examples/configs/NAME-stage1.yaml and NAME-stage2.yaml; default: quickstart, or small with --data."""
     vocab_size: Optional[int] = None
     """Pieces of the tokenizer; default: 768, or 8192 with --data."""
     nproc_per_node: Optional[int] = None
@@ -71,8 +71,8 @@ class Quickstart:
         size = config.vocab_size or (8192 if config.data else 768)
         template = [] if config.data else ["--template", f"{CONFIGS}/quickstart-template.yaml"]
         self.step(
-            "tokenizer", "python", "tools/train_tokenizer.py", "--data", *train, "--output", model, "--vocab-size", size,
-            *template,
+            "tokenizer", "python", "tools/train_tokenizer.py", "--data", *train, "--output", model,
+            "--vocab-size", size, *template,
         )  # fmt: skip
         accuracy = {}
         for stage, objective in (("stage1", "response-lm"), ("stage2", "pair-preference")):
@@ -96,15 +96,16 @@ class Quickstart:
         settings = ["--config", f"{CONFIGS}/{name}-{stage}.yaml", "--tokenizer-model", tokenizer]
         prefix = out / "preprocessed" / stage
         self.step(
-            f"{stage}: preprocess", "gram", "preprocess", *settings, "--data", *train, "--output-prefix", prefix
-        )
+            f"{stage}: preprocess", "gram", "preprocess", *settings, "--objective", objective, "--data", *train,
+            "--output-prefix", prefix,
+        )  # fmt: skip
         script = "examples/pretrain_gram.sh" if stage == "stage1" else "examples/finetune_gram.sh"
         start = [] if stage == "stage1" else ["--pretrained-checkpoint", out / "stage1"]
         self.step(
             f"{stage}: train", "torchrun", "--standalone", "--nproc-per-node", self.processes, script, *settings,
             "--data-path", prefix, "--tensor-model-parallel-size", self.tensor_parallel, *start, "--save", out / stage,
         )  # fmt: skip
-        self.step(f"{stage}: export", "gram", "convert", "--to", "hf", "--load", out / stage, "--save", out / f"{stage}-hf")
+        self.step(f"{stage}: export", "gram", "convert", "--load", out / stage, "--save", out / f"{stage}-hf")
 
     def score(self, stage: str, test: str | Path) -> dict[str, Any]:
         """Score the held-out pairs with a stage's export; returns the metrics."""
@@ -160,10 +161,12 @@ class Quickstart:
 
 
 def _run_logged(command: list[str], log: Path, environment: dict[str, str]) -> int:
-    """Run a command with its output in a file, and a trainer's step lines on the terminal too; returns the exit status."""
-    with open(log, "w", encoding="utf-8") as output, subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
+    """Run a command, its output in a file and a trainer's step lines on the terminal too; returns the exit status."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    with (
+        open(log, "w", encoding="utf-8") as output,
+        subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process,
+    ):
         for line in process.stdout:
             output.write(line)
             if line.startswith("step "):

@@ -1,7 +1,7 @@
 """Trains a SentencePiece tokenizer on preference data, for models that start from scratch.
 
-The text is what the model will read: prompts and responses inside the judge template. Line breaks are pieces of their own,
-bytes stand in for unknown characters, and nothing is normalised, so every text comes back as it was.
+The text is what the model will read: prompts and responses inside the judge template. Line breaks are pieces of their
+own, bytes stand in for unknown characters, and nothing is normalised, so every text comes back as it was.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def train_tokenizer(config: TokenizerConfig) -> None:
         )
     except RuntimeError as error:
         reason = str(error).rsplit("]", 1)[-1].split(" Increase")[0].strip()
-        raise ConfigError(f"--vocab-size {config.vocab_size} does not fit this text: {reason} Choose another.") from None
+        raise ConfigError(f"--vocab-size {config.vocab_size} does not fit this text: {reason}") from None
     with write_atomically(config.output, "wb") as handle:
         handle.write(model.getvalue())
 

@@ -1,5 +1,6 @@
-"""README, CONTRIBUTING and the walk-through name things that exist: files, make targets, commands and flags; configurations parse."""
+"""README, CONTRIBUTING and the walk-through name files, targets, commands and flags that exist; configs parse."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -14,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "examples/two_nodes.md")
 CONFIGS = sorted((ROOT / "examples/configs").glob("*.yaml"))
 RUNS = [file for file in CONFIGS if not file.name.endswith("template.yaml")]
-FLAGS = {f"--{name.replace('_', '-')}" for name in config._flag_names()}
+SECTIONS = [section.default_factory for section in dataclasses.fields(config.Config)]
+FLAGS = {f"--{field.name.replace('_', '-')}" for section in SECTIONS for field in dataclasses.fields(section)}
 SCRIPTS = ("examples/pretrain_gram.sh", "examples/finetune_gram.sh")
 
 
@@ -78,7 +80,9 @@ def test_configurations_parse(file):
         assert parsed.training.objective in ("response-lm", "pair-preference")
 
 
-@pytest.mark.parametrize("kind, lr, epochs, batch, smoothing", [("paper", 1e-5, 1, 256, 0.1), ("release", 2e-5, 2, 128, 0.05)])
+@pytest.mark.parametrize(
+    "kind, lr, epochs, batch, smoothing", [("paper", 1e-5, 1, 256, 0.1), ("release", 2e-5, 2, 128, 0.05)]
+)
 def test_stage_two_presets(kind, lr, epochs, batch, smoothing):
     training = config.load_yaml(ROOT / f"examples/configs/stage2-{kind}.yaml").training
     found = (training.lr, training.train_epochs, training.global_batch_size, training.label_smoothing)

@@ -1,4 +1,4 @@
-"""Every way to start the trainer that the README names, with the real torchrun. A dry run shows what the trainer was told."""
+"""Every way to start the trainer that the README names, with the real torchrun; dry runs show what it was told."""
 
 import os
 import subprocess
@@ -24,7 +24,8 @@ def files(tmp_path_factory):
     model = str(folder / "tokenizer.model")
     train_tokenizer(TokenizerConfig(data=(str(data),), output=model, vocab_size=600))
     cache = str(folder / "cache")
-    return ["--config", "examples/configs/tiny.yaml", "--data", str(data), "--tokenizer-model", model, "--data-cache-path", cache]
+    flags = {"config": "examples/configs/tiny.yaml", "data": data, "tokenizer-model": model, "data-cache-path": cache}
+    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -112,4 +113,5 @@ def test_flags_are_sorted_out():
 
 def test_defaults_leave_what_was_given():
     assert launch.with_defaults(["--nproc-per-node=3"]) == ["--standalone", "--nproc-per-node=3"]
-    assert launch.with_defaults(["--nnodes", "2", "--nproc_per_node", "1"]) == ["--nnodes", "2", "--nproc_per_node", "1"]
+    two_nodes = ["--nnodes", "2", "--nproc_per_node", "1"]
+    assert launch.with_defaults(two_nodes) == two_nodes
