@@ -30,3 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     asked_for_help = bool(argv) and argv[0] in ("-h", "--help")
     print(f"usage: gram COMMAND [flags]\n\n{known}\n\ngram COMMAND --help explains a command's flags.")
     raise SystemExit(0 if asked_for_help else 2)
+
+
+if __name__ == "__main__":
+    main()

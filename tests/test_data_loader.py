@@ -1,0 +1,144 @@
+"""Preprocessing, packing and the loader: the same data whatever the number of workers, processes and restarts."""
+
+import json
+
+import numpy as np
+import pytest
+
+from gram_engine.config import DataConfig
+from gram_engine.data.dataset import PairDataset
+from gram_engine.data.inspect import InspectArguments, describe
+from gram_engine.data.loader import PackedLoader
+from gram_engine.data.preprocess import preprocess
+from gram_engine.errors import DataError
+from tests.conftest import TEMPLATE, write_pairs
+
+ENDINGS = (".bin", ".idx", ".samples.npy", ".json")
+
+
+def make(data, prefix, tokenizer, objective="pair-preference", both_orders=False, workers=1, **settings):
+    cfg = DataConfig(tokenizer_model=tokenizer, seq_length=192, template=TEMPLATE, **settings)
+    return preprocess([data], prefix, objective=objective, cfg=cfg, both_orders=both_orders, workers=workers)
+
+
+def loader(prefix, objective="pair-preference", batch=8, rank=0, size=1, tokens=400, **settings):
+    return PackedLoader(
+        PairDataset(prefix), objective=objective, global_batch_size=batch, pack_tokens=tokens, pad_multiple=4,
+        dp_rank=rank, dp_size=size, seed=3, **settings,
+    )  # fmt: skip
+
+
+def test_result_does_not_depend_on_the_number_of_workers(tiny_data, tmp_path):
+    write_pairs(tmp_path / "many.jsonl", rows=300)
+    for workers in (1, 2):
+        make(tmp_path / "many.jsonl", tmp_path / str(workers), tiny_data["tokenizer"], workers=workers)
+    for ending in ENDINGS:
+        assert (tmp_path / f"1{ending}").read_bytes() == (tmp_path / f"2{ending}").read_bytes(), ending
+
+
+def test_orders_are_balanced_and_labels_follow_the_order(tiny_data, tmp_path):
+    random, both = PairDataset(tiny_data["stage2"]), tmp_path / "both"
+    assert random.samples["order"].mean() == 0.5
+    assert np.array_equal(random.samples["preference"], 1.0 - random.samples["order"])
+    make(tiny_data["jsonl"], both, tiny_data["tokenizer"], both_orders=True)
+    samples = PairDataset(both).samples
+    assert len(samples) == 2 * len(random) and samples["preference"].mean() == 0.5
+    assert all(set(samples["order"][samples["pair"] == pair]) == {0, 1} for pair in np.unique(samples["pair"]))
+
+
+def test_ties_half_or_dropped(tiny_data, tmp_path):
+    rows = [{"prompt": "x", "response_a": "a", "response_b": "b", "label": label} for label in ("A", "tie", "B")]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make(tmp_path / "t.jsonl", tmp_path / "half", tiny_data["tokenizer"])
+    assert 0.5 in PairDataset(tmp_path / "half").samples["preference"]
+    manifest = make(tmp_path / "t.jsonl", tmp_path / "drop", tiny_data["tokenizer"], ties="drop")
+    assert len(PairDataset(tmp_path / "drop")) == 2 and manifest["counts"]["dropped"] == 1
+
+
+def test_every_sample_once_an_epoch_in_another_order_each(tiny_data):
+    data = loader(tiny_data["stage2"])
+    epochs = [
+        [i for step in range(6) for pack in data.batch(epoch * 48 + 8 * step).microbatches for i in pack.sample_ids.tolist()]
+        for epoch in (0, 1)
+    ]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(48)) and epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_samples_of_a_step_do_not_depend_on_the_number_of_processes(size, tiny_data):
+    for consumed in (0, 8, 44):
+        alone = loader(tiny_data["stage2"]).batch(consumed)
+        shared = [loader(tiny_data["stage2"], rank=rank, size=size).batch(consumed) for rank in range(size)]
+        ids = lambda *batches: sorted(  # noqa: E731
+            i for batch in batches for pack in batch.microbatches for i in pack.sample_ids.tolist()
+        )
+        assert ids(*shared) == ids(alone) and len({len(batch.microbatches) for batch in shared}) == 1
+        assert {(b.num_samples, b.num_tokens, b.num_rows) for b in shared} == {(8, alone.num_tokens, 8)}
+
+
+def test_packs_hold_whole_samples_with_their_label_rows(tiny_data):
+    data, dataset = loader(tiny_data["stage2"]), PairDataset(tiny_data["stage2"])
+    for pack in data.batch(0).microbatches:
+        bounds = pack.cu_seqlens.tolist()
+        assert len(pack.tokens) % 4 == 0 and len(pack.tokens) <= 400 and bounds[-1] == len(pack.tokens)
+        for place, sample in enumerate(pack.sample_ids.tolist()):
+            part = slice(bounds[place], bounds[place + 1])
+            assert np.array_equal(pack.tokens[part].numpy(), dataset.tokens(sample))
+            assert pack.position_ids[part].tolist() == list(range(bounds[place + 1] - bounds[place]))
+            assert bounds[place + 1] - 1 in pack.rows
+
+
+def test_stage_1_rows_predict_the_target_and_variants_divide_it(tiny_data):
+    dataset = PairDataset(tiny_data["stage1"])
+    counted = {}
+    for name, settings in {
+        "both": {}, "a": {"response_loss": "a"}, "b": {"response_loss": "b"}, "text": {"marker_loss": False},
+    }.items():  # fmt: skip
+        batch = loader(tiny_data["stage1"], "response-lm", **settings).batch(0)
+        counted[name] = batch.num_rows
+        for pack in batch.microbatches:
+            assert (pack.targets == pack.tokens[pack.rows + 1]).all()
+            ends = pack.cu_seqlens[1:] - 1
+            assert not set(pack.rows.tolist()) & set(ends.tolist()), "the last token of a sample predicts nothing"
+    assert counted["a"] + counted["b"] == counted["both"] and counted["text"] < counted["both"]
+    ids = [i for pack in loader(tiny_data["stage1"], "response-lm").batch(0).microbatches for i in pack.sample_ids]
+    expected = sum(int(dataset.lengths[i]) - int(dataset.samples["target_start"][i]) for i in ids)
+    assert counted["both"] == expected
+
+
+def test_weights_have_mean_one_over_the_global_batch(tiny_data, tmp_path):
+    rows = [{"prompt": "x", "chosen": "a", "rejected": "b", "weight": weight} for weight in (1, 3, 0, 4)]
+    (tmp_path / "w.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make(tmp_path / "w.jsonl", tmp_path / "w", tiny_data["tokenizer"])
+    batch = loader(tmp_path / "w", batch=4).batch(0)
+    weights = np.concatenate([pack.weight.numpy() for pack in batch.microbatches])
+    assert weights.mean() == pytest.approx(1) and sorted(weights) == pytest.approx([0, 0.5, 1.5, 2])
+
+
+def test_number_of_microbatches_is_filled_up_with_empty_packs(tiny_data):
+    batch = loader(tiny_data["stage2"], batch=2, microbatch_multiple=4).batch(0)
+    empty = [pack for pack in batch.microbatches if not len(pack.rows)]
+    assert len(batch.microbatches) % 4 == 0 and empty and all(len(pack.tokens) == 4 for pack in empty)
+
+
+def test_evaluation_shows_every_sample_in_order_once(tiny_data):
+    batches = list(loader(tiny_data["stage2"], batch=20).evaluation_batches())
+    ids = sorted(i for batch in batches for pack in batch.microbatches for i in pack.sample_ids.tolist())
+    assert ids == list(range(48)) and [batch.num_samples for batch in batches] == [20, 20, 8]
+
+
+def test_damaged_data_is_refused(tiny_data, tmp_path):
+    make(tiny_data["jsonl"], tmp_path / "d", tiny_data["tokenizer"])
+    (tmp_path / "d.bin").write_bytes((tmp_path / "d.bin").read_bytes()[:-10])
+    with pytest.raises(DataError, match="d"):
+        PairDataset(tmp_path / "d")
+    with pytest.raises(DataError, match="nothing.json: no such file"):
+        PairDataset(tmp_path / "nothing")
+
+
+def test_inspect_shows_the_label_row_and_the_tokens_with_loss(tiny_data):
+    stage_2 = "\n".join(describe(InspectArguments(tiny_data["stage2"], sample=5)))
+    assert "label row" in stage_2 and "#Preferred:" in stage_2 and "sample 5 |" in stage_2
+    stage_1 = "\n".join(describe(InspectArguments(tiny_data["stage1"], sample=5, only_sample=True)))
+    before_loss, _, loss = stage_1.partition("\n  loss")
+    assert "[User Question]" in before_loss and "[The End of Assistant B's Answer]" in loss

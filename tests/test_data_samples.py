@@ -1,0 +1,154 @@
+"""From text to tokens: tokenizers, the judge template, spans, truncation."""
+
+import json
+
+import pytest
+
+from gram_engine.data.samples import build_generate, build_judge, generate_sample, judge_sample, layout_of
+from gram_engine.data.schema import Pair, Verbatim
+from gram_engine.data.template import JudgeTemplate
+from gram_engine.data.tokenizer import Tokenizer
+from gram_engine.errors import ConfigError
+from tests.conftest import TEMPLATE
+
+AWKWARD = [" two  spaces", "tab\tand\nlines\n\n\n", "naïve café 東京 🙂", "\u200b\u00a0odd", "a" * 70, "<s> </s> <unk>"]
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{% if loop.first %}[{{ strftime_now('%d %b %Y') if "
+    "not date_string is defined else date_string }}]{% endif %}{{ m.content | trim }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_tokenizer(tiny_data):
+    return Tokenizer.load("auto", tiny_data["tokenizer"])
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory):
+    """A small byte-level BPE tokenizer with a chat template that prints a date, as LLaMA 3's does."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<bos>", "<|user|>", "<|assistant|>", "<|end|>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    )
+    text = JudgeTemplate.load("gram-code").judge("hello", "yes", "no")
+    backend.train_from_iterator([text] * 5, trainer)
+    hf = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<|end|>")
+    hf.chat_template = CHAT_TEMPLATE
+    folder = tmp_path_factory.mktemp("chat")
+    hf.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_sentencepiece_file_encodes_as_sentencepiece_and_text_survives(text, tiny_data, sentencepiece_tokenizer):
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_file=tiny_data["tokenizer"])
+    if "<s>" not in text:  # SentencePiece does not know control symbols in text
+        assert sentencepiece_tokenizer.encode(text) == model.encode(text)
+        assert sentencepiece_tokenizer.decode(sentencepiece_tokenizer.encode(text)).strip(" ") == text.strip(" ")
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_saved_folder_encodes_the_same_through_transformers(text, sentencepiece_tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    sentencepiece_tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.encode(text, add_special_tokens=False) == sentencepiece_tokenizer.encode(text)
+
+
+def test_judge_sample_of_a_chat_model_has_one_bos_a_pinned_date_and_equals_the_servers_tokens(chat_folder):
+    from transformers import AutoTokenizer
+
+    tokenizer, template = Tokenizer.load("auto", chat_folder), JudgeTemplate.load("gram-code")
+    tokens = build_judge(tokenizer, template, "hello", "yes", "no", 2048)
+    assert tokens.count(tokenizer.bos_id) == 1 and tokens[0] == tokenizer.bos_id
+    text = tokenizer.decode(tokens)
+    assert "[26 Jul 2024]" in text and text.endswith("#Preferred:<|end|><|assistant|>")
+    message = [{"role": "user", "content": template.judge("hello", "yes", "no")}]
+    server = AutoTokenizer.from_pretrained(chat_folder)
+    rendered = server.apply_chat_template(
+        message, add_generation_prompt=True, date_string="26 Jul 2024", return_dict=False, tokenize=True
+    )
+    assert tokens == list(rendered)
+
+
+def test_labels_are_single_distinct_tokens(chat_folder, sentencepiece_tokenizer):
+    for tokenizer in (Tokenizer.load("auto", chat_folder), sentencepiece_tokenizer):
+        context = tokenizer.wrap_user(JudgeTemplate.load("gram-code").judge("x", "y", "z"))
+        label_a, label_b = tokenizer.label_ids("A", "B", context)
+        assert label_a != label_b and tokenizer.decode([label_a]).strip() == "A"
+        with pytest.raises(ConfigError, match="preferable"):
+            tokenizer.label_ids("preferable", "B", context)
+
+
+def test_template_wording_and_hash(tmp_path):
+    template = JudgeTemplate.load("gram-code")
+    text = template.judge("Q?", "one", "two")
+    assert text.endswith(
+        "[User Question]\nQ?\n\n[The Start of Assistant A's Answer]\none\n[The End of Assistant A's Answer]\n\n"
+        "[The Start of Assistant B's Answer]\ntwo\n[The End of Assistant B's Answer]\n\n#Preferred:"
+    )
+    assert text == template.judge("Q?", "one", "two") and "{" not in text
+    (tmp_path / "t.yaml").write_text(template.to_yaml())
+    assert JudgeTemplate.load(tmp_path / "t.yaml").sha256 == template.sha256 != JudgeTemplate.load(TEMPLATE).sha256
+    assert template.judge("{response_a}", "{prompt}", "x").count("{response_a}") == 1, "slots are not filled twice"
+
+
+def test_stage_1_spans_hold_the_responses(sentencepiece_tokenizer):
+    template = JudgeTemplate.load(TEMPLATE)
+    pair = Pair("red blue?", "stone river", "quiet cloud window", 1.0)
+    sample = generate_sample(sentencepiece_tokenizer, layout_of(pair, template, "response-lm", False), 500, "error")
+    part = lambda start, end: sentencepiece_tokenizer.decode(sample.tokens[start:end]).strip()  # noqa: E731
+    assert part(*sample.response_a) == "stone river" and part(*sample.response_b) == "quiet cloud window"
+    assert part(sample.target_start, sample.middle).startswith("[The Start of Assistant A's Answer]")
+    assert part(sample.middle, len(sample.tokens)).startswith("[The Start of Assistant B's Answer]")
+    assert sample.tokens[-1] == sentencepiece_tokenizer.eos_id
+    assert part(0, sample.target_start).endswith("red blue?")
+
+
+def test_a_ready_made_row_equals_the_pair_it_was_made_from(sentencepiece_tokenizer):
+    template = JudgeTemplate.load("gram-code")
+    pair = Pair("red?", "stone", "river cloud", 0.0)
+    ready = Verbatim(template.judge("red?", "stone", "river cloud"), "B")
+    for exchanged in (False, True):
+        tokens = [
+            judge_sample(
+                sentencepiece_tokenizer, layout_of(row, template, "pair-preference", exchanged), 2000, "error"
+            ).tokens
+            for row in (pair, ready)
+        ]
+        assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("limit", [130, 150, 200])
+def test_truncation_keeps_template_and_label_row(limit, sentencepiece_tokenizer):
+    template = JudgeTemplate.load(TEMPLATE)
+    prompt, a, b = "question " * 10, "long answer " * 40, "short"
+    tokens = build_judge(sentencepiece_tokenizer, template, prompt, a, b, limit)
+    text = sentencepiece_tokenizer.decode(tokens)
+    assert limit - 6 <= len(tokens) <= limit
+    assert text.endswith("#Preferred:") and "short" in text and text.count("[The ") == 4
+    assert template.judge("", "", "").split("\n")[0] in text
+    stage_1 = build_generate(sentencepiece_tokenizer, template, prompt, a, b, limit)
+    stage_1 = getattr(stage_1, "tokens", stage_1)
+    assert len(stage_1 if isinstance(stage_1, list) else stage_1[0]) <= limit
+
+
+def test_unknown_template_and_tokenizer_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="gram-code"):
+        JudgeTemplate.load("no-such-template")
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        Tokenizer.load("auto", tmp_path / "none.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({}))
+    with pytest.raises(ConfigError):
+        Tokenizer.load("auto", tmp_path)
