@@ -170,7 +170,7 @@ def _run_logged(command: list[str], log: Path, environment: dict[str, str]) -> i
         for line in process.stdout:
             output.write(line)
             if line.startswith("step "):
-                print(f"    {line}", end="", flush=True)
+                print("    " + " | ".join(line.rstrip().split(" | ")[:5]), flush=True)
     return process.returncode
 
 

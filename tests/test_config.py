@@ -95,8 +95,6 @@ def test_badly_typed_flag_is_refused(capsys):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_example_configurations_parse(path):
-    config = parse(["--config", str(path)], defaults=("--model", "tiny"))
-    if not path.stem.startswith("stage"):  # a stage's file leaves the model to another
-        assert config.model.model != "tiny" or path.stem == "tiny"
+    config = parse(["--config", str(path)], defaults=("--model", "tiny"))  # a stage's file leaves the model open
     resolve_shape(config)
     assert config.model.num_layers > 0

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.tiny import tiny_config, tiny_trainer
+from tests.tiny import tiny_trainer
 
 SCALINGS = {
     "plain": None,
@@ -158,8 +158,8 @@ def test_exported_folder_loads_with_transformers_and_scores_without_padding_effe
 
 
 def test_errors_name_what_does_not_fit(tmp_path):
-    from gram_engine.errors import CheckpointError, ConfigError
     from gram_engine.convert.import_hf import HuggingFaceFolder
+    from gram_engine.errors import CheckpointError, ConfigError
     from gram_engine.model.presets import shape_from_hf
 
     with pytest.raises(ConfigError, match="config.json: no such file. --load-hf needs"):

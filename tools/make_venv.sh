@@ -38,12 +38,6 @@ fi
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 echo "Installing the requirements into $venv (some minutes on a slow line)"
-torch=$(grep '^torch==' requirements.txt)
-if ! has_gpu && [ "$(uname -s)" = Linux ] && ! pip show torch >/dev/null 2>&1; then
-    # The build for CPUs is a tenth of the size. Where its index cannot be reached, the common build from the usual index runs as well.
-    pip install --quiet --retries 1 --index-url https://download.pytorch.org/whl/cpu --no-deps "$torch+cpu" ||
-        echo "The CPU build of torch is not to be had here: taking the common build." >&2
-fi
 pip install --quiet -r requirements.txt -r requirements-dev.txt
 pip install --quiet --no-deps --no-build-isolation --editable .
 printf '%s\n' "$wanted" >"$stamp"

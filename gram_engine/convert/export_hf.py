@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Iterator, Literal, Optional
@@ -87,8 +88,7 @@ class TorchDistCheckpoint:
 
     def __init__(self, path: Path):
         self.path = path
-        self.reader = dcp.FileSystemReader(path)
-        self.metadata = self.reader.read_metadata().state_dict_metadata
+        self.metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         self._cached: tuple[str, Tensor] | None = None
 
     def tensor(self, key: str) -> Tensor:
@@ -98,7 +98,9 @@ class TorchDistCheckpoint:
                 raise CheckpointError(f"{self.path}: tensor {key} is missing.")
             described = self.metadata[key]
             state = {key: torch.empty(described.size, dtype=described.properties.dtype)}
-            dcp.load(state, storage_reader=dcp.FileSystemReader(self.path), no_dist=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
+                dcp.load(state, storage_reader=dcp.FileSystemReader(self.path), no_dist=True)
             self._cached = (key, state[key])
         return self._cached[1]
 

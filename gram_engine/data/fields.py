@@ -170,7 +170,8 @@ def _refuse_empty(**texts: str) -> None:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
                 raise BadRow(
-                    f"'{name}' holds half of a surrogate pair at character {error.start} (a cut-off emoji). Mend it, or remove the row."
+                    f"'{name}' holds half of a surrogate pair at character {error.start} (a cut-off emoji). "
+                    "Mend it, or remove the row."
                 ) from None
 
 
@@ -253,7 +254,9 @@ def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[str, str, str]:
     while shared > 0 and (first[shared][0] != "Assistant" or second[shared][0] != "Assistant"):
         shared -= 1
     if shared == 0:
-        raise BadRow("field 'prompt' is missing. Add it, name it with --prompt-key, or begin both responses with the same dialogue.")
+        raise BadRow(
+            "field 'prompt' is missing. Add it, name it with --prompt-key, or begin both responses with the same dialogue."
+        )
     answers = _answer_text(first[shared:], "chosen"), _answer_text(second[shared:], "rejected")
     return dialogue_text(first[:shared]), *answers
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 from gram_engine.config import Config, fail, is_main_process, parse
 from gram_engine.errors import GramError
@@ -41,6 +42,7 @@ def run(config: Config) -> dict[str, float]:
     """Train as a checked configuration says; returns the last metrics. Leaves no process group behind."""
     from gram_engine import platform as platforms
 
+    _hush_known_warnings()
     platform = platforms.initialise(config.parallel.device)
 
     import torch.distributed as dist
@@ -62,3 +64,9 @@ def run(config: Config) -> dict[str, float]:
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _hush_known_warnings() -> None:
+    """Optional packages that megatron-core misses, and deprecations inside it, say nothing a user could act on."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
