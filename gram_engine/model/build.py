@@ -20,9 +20,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from gram_engine.config import Config
 from gram_engine.errors import ConfigError
 from gram_engine.model.reward_model import RewardModel
+from gram_engine.platform import Platform
 
 
-def uses_transformer_engine(config: Config, on_cuda: bool) -> bool:
+def uses_transformer_engine(config: Config, platform: Platform) -> bool:
     """Whether layers come from Transformer Engine.
 
     Raises:
@@ -30,13 +31,13 @@ def uses_transformer_engine(config: Config, on_cuda: bool) -> bool:
     """
     choice = config.model.transformer_impl
     installed = importlib.util.find_spec("transformer_engine") is not None
-    if choice == "transformer_engine" and not (installed and on_cuda):
+    if choice == "transformer_engine" and not (installed and platform.is_cuda):
         lacks = "a GPU" if installed else "the transformer-engine package (pip install 'gram_engine[gpu]')"
         raise ConfigError(f"--transformer-impl transformer_engine needs {lacks}. Use --transformer-impl local.")
-    return choice != "local" and installed and on_cuda
+    return choice != "local" and installed and platform.is_cuda
 
 
-def transformer_config(config: Config) -> TransformerConfig:
+def transformer_config(config: Config, platform: Platform) -> TransformerConfig:
     """megatron-core's configuration of the layers.
 
     Raises:
@@ -61,7 +62,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         init_method=_leave_to_initialise_weights,
         output_layer_init_method=_leave_to_initialise_weights,
         embedding_init_method=_leave_to_initialise_weights,
-        use_cpu_initialization=not torch.cuda.is_available(),
+        use_cpu_initialization=not platform.is_cuda,
         bf16=training.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -103,13 +104,13 @@ def _native_fields(pairs: tuple[str, ...]) -> dict:
     return fields
 
 
-def build_model(config: Config, on_cuda: bool) -> list[RewardModel]:
+def build_model(config: Config, platform: Platform) -> list[RewardModel]:
     """This process's model chunks (one, or one per virtual stage) with initial weights, before DDP.
 
     The weights depend on the seed alone, not on the layout: the same run at another TP or PP starts from the same model.
     """
-    core = transformer_config(config)
-    if uses_transformer_engine(config, on_cuda):
+    core = transformer_config(config, platform)
+    if uses_transformer_engine(config, platform):
         from megatron.core.extensions.transformer_engine import TENorm as norm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec as layer_spec
     else:
@@ -135,7 +136,7 @@ def build_model(config: Config, on_cuda: bool) -> list[RewardModel]:
             vp_stage=vp_stage,
         )
         initialise_weights(chunk, config)
-        chunks.append(chunk.cuda() if on_cuda else chunk)
+        chunks.append(chunk.to(platform.device))
     return chunks
 
 

@@ -9,44 +9,35 @@ from gram_engine.config import ModelConfig
 from gram_engine.errors import ConfigError
 
 
-def _llama(layers, hidden, ffn, heads, groups, *, scaling=None, tied=False, base=500000.0, positions=131072, vocab=128256):
+def _shape(layers, hidden, ffn, heads, groups, *, base=500000.0, tied=False, **more) -> dict:
     return dict(
         num_layers=layers,
         hidden_size=hidden,
         ffn_hidden_size=ffn,
         num_attention_heads=heads,
         num_query_groups=groups,
-        vocab_size=vocab,
         rotary_base=base,
-        rope_scaling_factor=scaling,
-        max_position_embeddings=positions,
         untie_embeddings_and_output_weights=not tied,
+        **more,
     )
 
 
-def _small(layers, hidden, ffn, heads, groups, tied=False):
-    """Shapes to train from scratch: the vocabulary and the length are the data's."""
-    return dict(
-        num_layers=layers,
-        hidden_size=hidden,
-        ffn_hidden_size=ffn,
-        num_attention_heads=heads,
-        num_query_groups=groups,
-        rotary_base=10000.0,
-        untie_embeddings_and_output_weights=not tied,
-    )
+def _llama_3(*shape, scaling=None, positions=131072, **more) -> dict:
+    more.update(vocab_size=128256, rope_scaling_factor=scaling, max_position_embeddings=positions)
+    return _shape(*shape, **more)
 
 
+# tiny and small are trained from scratch: vocabulary and length are the data's.
 PRESETS: dict[str, dict] = {
-    "tiny": _small(2, 64, 192, 4, 2),
-    "tiny-tied": _small(2, 64, 192, 4, 2, tied=True),
-    "small": _small(4, 256, 704, 4, 2),
-    "llama-2-7b": _llama(32, 4096, 11008, 32, 32, base=10000.0, positions=4096, vocab=32000),
-    "llama-3-8b": _llama(32, 4096, 14336, 32, 8, positions=8192),
-    "llama-3.1-8b": _llama(32, 4096, 14336, 32, 8, scaling=8.0),
-    "llama-3.1-70b": _llama(80, 8192, 28672, 64, 8, scaling=8.0),
-    "llama-3.2-1b": _llama(16, 2048, 8192, 32, 8, scaling=32.0, tied=True),
-    "llama-3.2-3b": _llama(28, 3072, 8192, 24, 8, scaling=32.0, tied=True),
+    "tiny": _shape(2, 64, 192, 4, 2, base=10000.0),
+    "tiny-tied": _shape(2, 64, 192, 4, 2, base=10000.0, tied=True),
+    "small": _shape(4, 256, 704, 4, 2, base=10000.0),
+    "llama-2-7b": _shape(32, 4096, 11008, 32, 32, base=10000.0, max_position_embeddings=4096, vocab_size=32000),
+    "llama-3-8b": _llama_3(32, 4096, 14336, 32, 8, positions=8192),
+    "llama-3.1-8b": _llama_3(32, 4096, 14336, 32, 8, scaling=8.0),
+    "llama-3.1-70b": _llama_3(80, 8192, 28672, 64, 8, scaling=8.0),
+    "llama-3.2-1b": _llama_3(16, 2048, 8192, 32, 8, scaling=32.0, tied=True),
+    "llama-3.2-3b": _llama_3(28, 3072, 8192, 24, 8, scaling=32.0, tied=True),
 }
 
 # megatron-core's RotaryEmbedding has these built in (rotary_pos_embedding.py, _apply_scaling).

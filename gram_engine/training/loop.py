@@ -128,7 +128,7 @@ class Trainer:
 
     def _model(self) -> list[DistributedDataParallel]:
         config = self.config
-        chunks = build_model(config, self.platform.is_cuda)
+        chunks = build_model(config, self.platform)
         if config.model.load_hf:
             load_hf_weights(chunks, config.model.load_hf, config.model)
         elif config.checkpoint.pretrained_checkpoint:
@@ -161,8 +161,3 @@ class Trainer:
         if self.config.parallel.overlap_param_gather:
             for chunk in self.model:
                 chunk.enable_forward_pre_hook()
-
-
-def parameter_count(model: list[DistributedDataParallel]) -> int:
-    """Parameters held by this process."""
-    return sum(parameter.numel() for chunk in model for parameter in chunk.parameters())
