@@ -44,6 +44,8 @@ class QuickstartConfig:
     """Training processes; default: the number of GPUs, or 2 where there is none."""
     tensor_model_parallel_size: Optional[int] = None
     """Default: 2 where the number of processes is even, else 1."""
+    seed: Optional[int] = None
+    """Seed of data, initialisation and order; default: each command's own."""
 
 
 @dataclass
@@ -65,13 +67,13 @@ class Quickstart:
         started = time.perf_counter()
         train, test = config.data, config.eval_data
         if not train:
-            self.step("demonstration data", "gram", "demo-data", "--output-dir", out / "data")
+            self.step("demonstration data", "gram", "demo-data", "--output-dir", out / "data", *self.seed)
             train, test = (out / "data/train.jsonl",), out / "data/test.jsonl"
         model = out / "tokenizer.model"
         size = config.vocab_size or (8192 if config.data else 768)
         template = [] if config.data else ["--template", f"{CONFIGS}/quickstart-template.yaml"]
         self.step(
-            "tokenizer", "python", "tools/train_tokenizer.py", "--data", *train, "--output", model,
+            "tokenizer", "gram", "train-tokenizer", "--data", *train, "--output", model,
             "--vocab-size", size, *template,
         )  # fmt: skip
         accuracy = {}
@@ -93,7 +95,7 @@ class Quickstart:
         """Preprocess for one stage, train it, and export it to a Hugging Face folder."""
         out = Path(self.config.output_dir)
         name = self.config.settings or ("small" if self.config.data else "quickstart")
-        settings = ["--config", f"{CONFIGS}/{name}-{stage}.yaml", "--tokenizer-model", tokenizer]
+        settings = ["--config", f"{CONFIGS}/{name}-{stage}.yaml", "--tokenizer-model", tokenizer, *self.seed]
         prefix = out / "preprocessed" / stage
         self.step(
             f"{stage}: preprocess", "gram", "preprocess", *settings, "--objective", objective, "--data", *train,
@@ -148,6 +150,11 @@ class Quickstart:
     def tensor_parallel(self) -> int:
         """Tensor-parallel size."""
         return self.config.tensor_model_parallel_size or (1 if self.processes % 2 else 2)
+
+    @property
+    def seed(self) -> list[str]:
+        """The flag --seed, where a seed is given."""
+        return [] if self.config.seed is None else ["--seed", str(self.config.seed)]
 
     def program(self, name: str) -> str:
         """A program of this interpreter's environment, relative to the root where it lies below."""

@@ -84,7 +84,7 @@ def _lines(config: TokenizerConfig) -> Iterator[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line: see `--help`."""
-    config = tyro.cli(TokenizerConfig, args=argv, prog="train_tokenizer.py", description=__doc__)
+    config = tyro.cli(TokenizerConfig, args=argv, prog="gram train-tokenizer", description=__doc__)
     try:
         train_tokenizer(config)
     except GramError as error:
