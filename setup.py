@@ -29,6 +29,7 @@ setup(
         # megatron-core 0.16.1 asks for transformer-engine >= 2.9, < 2.12; both compile on install.
         "gpu": ["transformer-engine[core_cu13,pytorch]==2.11.0", "flash-attn==2.8.3"],
         "wandb": ["wandb==0.31.0"],
+        "hub": ["datasets==5.2.0"],
     },
     entry_points={"console_scripts": ["gram = gram_engine.cli:main"]},
 )

@@ -69,7 +69,7 @@ class DataConfig:
     """Preference data, tokenizer and judge template."""
 
     data: tuple[str, ...] = ()
-    """Training files (JSONL, JSON, .gz, Parquet): preprocessed on first use into --data-cache-path."""
+    """Training files (JSONL, JSON, .gz, Parquet) or hub data sets (hf:NAME:SPLIT); preprocessed on first use."""
     valid_data: tuple[str, ...] = ()
     """Validation files, read like --data, with both orders of every pair."""
     data_path: Optional[str] = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gram_engine.config import Config, world_size
+from gram_engine.data.sources import source_is_there
 from gram_engine.errors import ConfigError
 
 
@@ -114,7 +115,7 @@ def _check_data(config: Config):
     )
     yield bool(data.valid_data) and bool(data.valid_data_path), "Give either --valid-data or --valid-data-path."
     for file in (*data.data, *data.valid_data):
-        yield not Path(file).is_file(), f"{file}: no such file. Check the path given to --data or --valid-data."
+        yield not source_is_there(file), f"{file}: no such file. Check the path given to --data or --valid-data."
     for prefix in filter(None, (data.data_path, data.valid_data_path)):
         yield not Path(f"{prefix}.idx").is_file(), (
             f"{prefix}.idx: no such file. Make it with: gram preprocess --data FILE --output-prefix {prefix}"

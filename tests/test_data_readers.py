@@ -8,7 +8,7 @@ import pytest
 
 from gram_engine.config import DataConfig
 from gram_engine.data.readers import read_rows
-from gram_engine.data.schema import Pair, Verbatim
+from gram_engine.data.schema import Verbatim
 from gram_engine.errors import DataError
 
 
@@ -22,6 +22,7 @@ def facts(pair):
     return pair.prompt, pair.response_a, pair.response_b, pair.preference
 
 
+ROW = b'{"prompt": "x", "chosen": "a", "rejected": "b"}'
 USER, GOOD, BAD = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}, "no")
 
 
@@ -39,6 +40,25 @@ USER, GOOD, BAD = ({"role": "user", "content": "hi"}, {"role": "assistant", "con
             {"chosen": "\n\nHuman: hi\n\nAssistant: yes", "rejected": "\n\nHuman: hi\n\nAssistant: no"},
             ("hi", "yes", "no", 1.0),
         ),
+        (
+            {"chosen": "\n\nHuman: hi\n\nAssistant: ho\n\nHuman: a\n\nb\n\nAssistant: yes\n\nsir",
+             "rejected": "\n\nHuman: hi\n\nAssistant: ho\n\nHuman: a\n\nb\n\nAssistant: no"},
+            ("Human: hi\n\nAssistant: ho\n\nHuman: a\n\nb", "yes\n\nsir", "no", 1.0),
+        ),
+        ({"prompt": "hi", "chosen": [USER, GOOD], "rejected": [USER, {**GOOD, "content": "no"}]}, ("hi", "yes", "no", 1.0)),
+        ({"messages": [USER, GOOD], "rejected_response": "no"}, ("hi", "yes", "no", 1.0)),
+        ({"instruction": "add", "input": "1 2", "chosen": "3", "rejected": "4"}, ("add\n1 2", "3", "4", 1.0)),
+        ({"question": "hi", "response_j": "yes", "response_k": "no"}, ("hi", "yes", "no", 1.0)),
+        (
+            {"context": [USER], "response1": "no", "response2": "yes", "overall_preference": 2},
+            ("hi", "no", "yes", 0.0),
+        ),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "chosen": "yes", "rejected": "no"},
+            ("hi", "yes", "no", 1.0),
+        ),
+        ({"system": "Be kind.", "prompt": "hi", "chosen": "yes", "rejected": "no"},
+         ("System: Be kind.\n\nHuman: hi", "yes", "no", 1.0)),
         (
             {"conversations": [{"from": "human", "value": "hi"}], "chosen": {"from": "gpt", "value": "yes"},
              "rejected": {"from": "gpt", "value": "no"}},
@@ -59,6 +79,12 @@ def test_unlabelled_margin_and_weight(tmp_path):
     )
     assert math.isnan(plain.preference) and math.isnan(plain.margin) and plain.weight == 1
     assert (rich.margin, rich.weight) == (2, 0.5)
+    scored, graded = read(
+        tmp_path,
+        {"prompt": "hi", "chosen": "x", "rejected": "y", "score_chosen": 8.5, "score_rejected": 6},
+        {"prompt": "hi", "response1": "x", "response2": "y", "overall_preference": -3},
+    )
+    assert scored.margin == 2.5 and (graded.preference, graded.margin) == (1.0, 3.0)
 
 
 def test_several_turns_become_a_dialogue(tmp_path):
@@ -114,6 +140,11 @@ def test_keys_can_be_named(tmp_path):
         ({"prompt": "x", "chosen": "a", "rejected": "b", "weight": -1}, "weight is -1"),
         ({"prompt": "x", "responses": ["a"]}, "A comparison needs at least two"),
         ({"text": "x"}, "no responses among its fields"),
+        ({"chosen": "x", "rejected": "y"}, "field 'prompt' is missing"),
+        ({"prompt": "x", "chosen": "a\ud83d", "rejected": "b"}, "'chosen' holds half of a surrogate pair at character 1"),
+        ({"prompt": "x", "chosen": "a", "rejected": "b", "margin": "big"}, "field 'margin' is 'big', not a number"),
+        ({"prompt": [{"role": "user"}], "chosen": "a", "rejected": "b"}, "field 'prompt': a message has no content"),
+        ({"prompt": "x", "completions": [{"completion": "a"}]}, "must be an object with completion and rank"),
         ([1], "a row must be a JSON object, not list"),
     ],
 )
@@ -122,6 +153,35 @@ def test_bad_rows(row, message, tmp_path):
         read(tmp_path, row)
 
 
-def test_order_exchanged_keeps_the_meaning():
-    pair = Pair("x", "a", "b", 1.0, place="f:1")
-    assert facts(pair.exchanged()) == ("x", "b", "a", 0.0) and pair.exchanged().exchanged() == pair
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", ROW + b'\n{"prompt": \xff}\n', "a.jsonl:2: not UTF-8 .byte 0xff at column 12"),
+        ("a.jsonl", b"[1,\n2]\n", "a.jsonl:1: not valid JSON: .* A JSON array must be in a file named .json."),
+        ("a.json", b"[" + ROW + b',\n\n{"prompt" 3}]', "a.json:3: not valid JSON: Expecting ':' delimiter at column 11"),
+        ("a.json", b"[" + ROW + b"\n" + ROW + b"]", "a.json:2: not valid JSON: Expecting ',' or ']' at column 1"),
+        ("a.jsonl", b"\n", "a.jsonl: no rows"),
+        ("a.jsonl.gz", gzip.compress(ROW + b"\n")[:-9], "a.jsonl.gz: not a whole gzip file"),
+        ("a.parquet", b"PAR1", "a.parquet: not a readable Parquet file"),
+    ],
+)
+def test_unreadable_files(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(read_rows([tmp_path / name], DataConfig()))
+
+
+def test_a_missing_file_is_found_before_the_others_are_read(tmp_path):
+    (tmp_path / "bad.jsonl").write_text("{")
+    with pytest.raises(DataError, match="none.jsonl: no such file. Check the path"):
+        list(read_rows([tmp_path / "bad.jsonl", tmp_path / "none.jsonl"], DataConfig()))
+
+
+def test_hub_data_sets_by_name(tmp_path):
+    """A folder of JSON files stands in for a data set of the hub: `datasets` loads both by the same call."""
+    pytest.importorskip("datasets", reason="the optional datasets package (extra: hub) is not installed")
+    (tmp_path / "train.jsonl").write_text('{"prompt": "hi", "chosen": "yes", "rejected": "no"}\n')
+    (pair,) = read_rows([f"hf:{tmp_path}"], DataConfig())
+    assert facts(pair) == ("hi", "yes", "no", 1.0) and pair.place == f"hf:{tmp_path}:1"
+    with pytest.raises(DataError, match="cannot be loaded"):
+        list(read_rows([f"hf:{tmp_path}:no-such-split"], DataConfig()))

@@ -36,11 +36,11 @@ from gram_engine.data.samples import (
     preference_of,
 )
 from gram_engine.data.schema import Pair, Verbatim
+from gram_engine.data.sources import source_fingerprint, source_is_there
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.data.writer import Chunk, DatasetWriter, RejectsFile
 from gram_engine.errors import ConfigError, DataError, GramError
-from gram_engine.fileio import sha256_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def preprocess(
                 "eos_id": tokenizer.eos_id,
             },
             "template": {**template.to_dict(), "sha256": template.sha256},
-            "sources": [{"path": str(path), "sha256": sha256_of_file(path)} for path in paths],
+            "sources": [{"path": str(path), "sha256": source_fingerprint(path)} for path in paths],
         }
         writer.finish(manifest)
     return manifest
@@ -123,13 +123,13 @@ def ensure_preprocessed(
     """
     cfg, seed = config.data, config.training.seed
     for path in files:
-        if not Path(path).is_file():
+        if not source_is_there(path):
             raise DataError(f"{path}: no such file. Check the path, and the working directory if it is relative.")
     tokenizer = Tokenizer.load(cfg.tokenizer_type, _tokenizer_path(cfg))
     settings = ("overlong", "ties", "skip_bad_rows", "seq_length", "prompt_key", "chosen_key", "rejected_key")
     identity = {
         "format_version": FORMAT_VERSION,
-        "files": [sha256_of_file(path) for path in files],
+        "files": [source_fingerprint(path) for path in files],
         "objective": objective,
         "both_orders": both_orders,
         "seed": seed,
@@ -138,7 +138,7 @@ def ensure_preprocessed(
         **{name: getattr(cfg, name) for name in settings},
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    prefix = str(Path(cfg.data_cache_path) / f"{Path(files[0]).name.split('.')[0]}-{objective}-{key}")
+    prefix = str(Path(cfg.data_cache_path) / f"{Path(str(files[0]).replace(':', '-')).name.split('.')[0]}-{objective}-{key}")
     try:
         PairDataset(prefix)
     except DataError:

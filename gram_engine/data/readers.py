@@ -1,6 +1,6 @@
 """Reads preference data as people have it: one checked `Pair` (or ready-made `Verbatim` row) after the other.
 
-Files: JSONL, JSON, both also gzipped, and Parquet. `fields.py` knows what the fields of a row are called.
+Files: JSONL, JSON, both also gzipped, and Parquet; and data sets of the Hugging Face hub by name. `fields.py` knows what the fields of a row are called.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 from gram_engine.config import DataConfig
 from gram_engine.data.fields import BadRow, row_to_samples
 from gram_engine.data.schema import Pair, Verbatim
+from gram_engine.data.sources import hub_rows, is_hub_name, source_is_there
 from gram_engine.errors import DataError
 
 OnReject = Callable[[DataError, Any], None]
@@ -27,12 +28,12 @@ def read_rows(
     Raises:
         DataError: a file is missing, empty or unreadable; or, without `on_reject`, a row is bad ("file:line: what; remedy").
     """
-    for path in map(Path, paths):
-        if not path.is_file():
+    for path in paths:
+        if not source_is_there(path):
             raise DataError(f"{path}: no such file. Check the path, and the working directory if it is relative.")
-    for path in map(Path, paths):
+    for path in paths:
         empty = True
-        for line, row in _raw_rows(path):
+        for line, row in hub_rows(path) if is_hub_name(path) else _raw_rows(Path(path)):
             empty = False
             place = f"{path}:{line}"
             try:
