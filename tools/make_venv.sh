@@ -20,10 +20,8 @@ find_python() {
     return 1
 }
 
-has_gpu() { nvidia-smi -L 2>/dev/null | grep -q GPU; }
-
 fingerprint() {
-    { cat requirements.txt requirements-dev.txt setup.py tools/make_venv.sh; pwd; has_gpu && echo gpu || true; } | sha256sum
+    { cat requirements.txt requirements-dev.txt setup.py tools/make_venv.sh; pwd; } | sha256sum
 }
 
 wanted=$(fingerprint)
