@@ -1,10 +1,18 @@
 """From text to tokens: tokenizers, the judge template, spans, truncation."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from gram_engine.data.samples import build_generate, build_judge, generate_sample, judge_sample, layout_of
+from gram_engine.data.samples import (
+    OverlongSample,
+    build_generate,
+    build_judge,
+    generate_sample,
+    judge_sample,
+    layout_of,
+)
 from gram_engine.data.schema import Pair, Verbatim
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
@@ -55,6 +63,24 @@ def test_sentencepiece_file_encodes_as_sentencepiece_and_text_survives(text, tin
     if "<s>" not in text:  # SentencePiece does not know control symbols in text
         assert sentencepiece_tokenizer.encode(text) == model.encode(text)
         assert sentencepiece_tokenizer.decode(sentencepiece_tokenizer.encode(text)).strip(" ") == text.strip(" ")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
+@pytest.mark.parametrize("collapse", [True, False])
+def test_other_kinds_of_sentencepiece_models(kind, rule, collapse, tiny_data, tmp_path):
+    import sentencepiece
+
+    text = Path(tiny_data["tokenizer"]).with_suffix(".txt")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "m"), vocab_size=400, model_type=kind, normalization_rule_name=rule,
+        remove_extra_whitespaces=collapse, byte_fallback=kind == "bpe", minloglevel=2,
+        hard_vocab_limit=False,
+    )  # fmt: skip
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    tokenizer = Tokenizer.load("auto", tmp_path / "m.model")
+    for awkward in [*AWKWARD[:-1], "", " ", "  lines \n\n with ends \n", "a\u2581b \u2581", "=" * 33 + "\n" + "=" * 34]:
+        assert tokenizer.encode(awkward) == model.encode(awkward), awkward
 
 
 @pytest.mark.parametrize("text", AWKWARD)
@@ -140,8 +166,82 @@ def test_truncation_keeps_template_and_label_row(limit, sentencepiece_tokenizer)
     assert text.endswith("#Preferred:") and "short" in text and text.count("[The ") == 4
     assert template.judge("", "", "").split("\n")[0] in text
     stage_1 = build_generate(sentencepiece_tokenizer, template, prompt, a, b, limit)
-    stage_1 = getattr(stage_1, "tokens", stage_1)
-    assert len(stage_1 if isinstance(stage_1, list) else stage_1[0]) <= limit
+    assert stage_1.truncated and limit - 6 <= len(stage_1.tokens) <= limit
+    assert stage_1.tokens[-1] == sentencepiece_tokenizer.eos_id
+
+
+def test_of_the_prompt_its_end_is_kept_and_the_responses_have_half_of_the_room(sentencepiece_tokenizer):
+    template = JudgeTemplate.load(TEMPLATE)
+    count = lambda text: len(sentencepiece_tokenizer.encode(text))  # noqa: E731
+    room = 200 - len(build_judge(sentencepiece_tokenizer, template, "", "", "", 500))
+    prompt, a, b = "first " + "turn " * 200 + "last", "red " * 200, "blue " * 200
+    text = sentencepiece_tokenizer.decode(build_judge(sentencepiece_tokenizer, template, prompt, a, b, 200))
+    kept = template.find_judge(text).slots
+    kept = {name: text[start:end] for name, (start, end) in kept.items()}
+    assert kept["prompt"].endswith("turn last") and "first" not in kept["prompt"]
+    assert count(kept["prompt"]) == pytest.approx(room / 2, abs=4)
+    assert count(kept["response_a"]) == pytest.approx(count(kept["response_b"]), abs=4)
+
+
+def test_over_long_samples_can_be_refused_and_so_are_ready_made_ones_without_markers(sentencepiece_tokenizer):
+    template = JudgeTemplate.load(TEMPLATE)
+    with pytest.raises(OverlongSample, match="tokens, over --seq-length 150. Raise it, or use --overlong"):
+        build_judge(sentencepiece_tokenizer, template, "x", "word " * 200, "y", 150, "drop")
+    strange = layout_of(Verbatim("judge " * 200, "A"), template, "pair-preference", False)
+    with pytest.raises(OverlongSample, match="markers of the template are not found"):
+        judge_sample(sentencepiece_tokenizer, strange, 150, "truncate")
+
+
+def test_the_authors_rows_without_a_line_break_before_the_closing_marker(sentencepiece_tokenizer):
+    template = JudgeTemplate.load("gram-code")
+    row = Verbatim(
+        "[User Question]\nCan dogs get covid?\n\n",
+        "[The Start of Assistant A's Answer]\nYes. [The End of Assistant A's Answer]\n\n"
+        "[The Start of Assistant B's Answer]\nMany\n[The End of Assistant B's Answer]",
+    )
+    layout = layout_of(row, template, "response-lm", False)
+    assert layout.text == row.instruction + row.output
+    slots = {name: layout.text[start:end] for name, (start, end) in layout.slots.items()}
+    assert (slots["response_a"].strip(), slots["response_b"]) == ("Yes.", "Many")
+    assert layout.text[layout.middle :].startswith("[The Start of Assistant B's Answer]")
+    exchanged = layout_of(row, template, "response-lm", True)
+    assert exchanged.text[slice(*exchanged.slots["response_a"])] == "Many"
+    assert exchanged.text[exchanged.middle :].startswith("[The Start of Assistant B's Answer]\nYes.")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"judge": "{prompt} {response_b} {response_a}"}, "'judge' must hold each of {prompt}, {response_a}, {response_b}"),
+        ({"label_b": "A"}, "label_a 'A' and label_b 'A' must be two different words"),
+        ({"colour": "red"}, "unknown: colour"),
+    ],
+)
+def test_wrong_templates_are_refused(change, message, tmp_path):
+    content = {**JudgeTemplate.load("gram-code").to_dict(), **change}
+    with pytest.raises(ConfigError, match=message):
+        JudgeTemplate.from_dict(content, "t.yaml")
+
+
+def test_a_chat_template_that_changes_the_message_is_refused(chat_folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    hf = AutoTokenizer.from_pretrained(chat_folder)
+    hf.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+    hf.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="the chat template changes the text of a user's message"):
+        Tokenizer.load("auto", tmp_path)
+
+
+def test_the_exported_chat_template_prints_the_pinned_date_by_itself(chat_folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = Tokenizer.load("auto", chat_folder)
+    tokenizer.save_pretrained(tmp_path)
+    exported = AutoTokenizer.from_pretrained(tmp_path)
+    message = [{"role": "user", "content": " hi "}]
+    assert exported.apply_chat_template(message, add_generation_prompt=True, tokenize=False) == tokenizer.wrap_user(" hi ")
+    assert Tokenizer.load("auto", tmp_path).fingerprint == tokenizer.fingerprint
 
 
 def test_unknown_template_and_tokenizer_are_refused(tmp_path):

@@ -21,7 +21,9 @@ _SPACE = "\u2581"
 def fast_tokenizer_of(model_file: str | Path):
     """A Hugging Face `PreTrainedTokenizerFast` that encodes as the SentencePiece model (BPE or unigram) does.
 
-    The beginning-of-sequence piece, where the model has one, is put in front when special tokens are asked for.
+    The beginning-of-sequence piece, where the model has one, is put in front when special tokens are asked for. Other
+    than SentencePiece, pieces such as "</s>" count as special where the text spells them, and the dummy space in front of
+    a text is also put behind these and behind user-defined pieces: so does every Hugging Face LLaMA tokenizer of this kind.
 
     Raises:
         ConfigError: the file is no SentencePiece model, or of a kind that has no fast counterpart.
@@ -99,7 +101,7 @@ def _normalizer(spec) -> normalizers.Normalizer:
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex(rf"\A +|[ {_SPACE}]+\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(_SPACE))
     steps.append(normalizers.Replace(" ", _SPACE))

@@ -192,25 +192,30 @@ def _opening_marker(between: str) -> str:
 def _find(form: str, text: str) -> Optional[Layout]:
     """Places of the slots in a text that somebody else filled in.
 
-    Markers are matched by their lines only: rows of the authors' data lack the line break before a closing marker.
+    Markers are matched without the line breaks around them: rows of the authors' data lack one before a closing marker.
     """
     pieces = _SLOT.split(form)
-    names = pieces[1::2]
-    literals = [pieces[0].strip(), *(literal.strip() for literal in pieces[2::2])]
-    start = text.find(literals[0])
-    end = text.rfind(literals[-1]) if literals[-1] else len(text)
-    slots, position, middle = {}, start + len(literals[0]), -1
-    for number, (name, literal) in enumerate(zip(names, literals[1:]), start=1):
-        marker = end if number == len(names) else text.find(literal, position)
-        if start < 0 or marker < position:
+    names, literals = pieces[1::2], pieces[0::2]
+    start, last = text.find(literals[0].strip()), literals[-1].strip()
+    end = text.rfind(last) if last else len(text)
+    slots, position, middle = {}, start + len(literals[0].strip()), -1
+    for number, name in enumerate(names, start=1):
+        marker = literals[number].strip()
+        place = end if number == len(names) else text.find(marker, position)
+        if start < 0 or place < position:
             return None
-        slots[name] = _without_line_breaks(text, position, marker)
+        slots[name] = _without_line_breaks(text, (position, place), literals[number - 1], literals[number])
+        position = place + len(marker)
         if name == "response_a":
-            middle = marker + len(literal) - len(_opening_marker(literal))
-        position = marker + len(literal)
+            middle = position - len(_opening_marker(marker))
     return Layout(text, slots, middle)
 
 
-def _without_line_breaks(text: str, start: int, end: int) -> Span:
-    """The range without the template's line break at either end."""
-    return start + text.startswith("\n", start, end), max(start, end - text.endswith("\n", start, end))
+def _without_line_breaks(text: str, span: Span, before: str, after: str) -> Span:
+    """The range without the template's own line breaks at either end, where they are there."""
+    start, end = span
+    for _ in range(len(before) - len(before.rstrip("\n"))):
+        start += text.startswith("\n", start, end)
+    for _ in range(len(after) - len(after.lstrip("\n"))):
+        end -= text.endswith("\n", start, end)
+    return start, end

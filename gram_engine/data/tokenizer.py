@@ -41,7 +41,6 @@ class Tokenizer:
     chat_prefix: str
     chat_suffix: str
     strips_message: bool
-    has_chat_template: bool
     fingerprint: str
     hf: Any = None
     """The transformers tokenizer; None in worker processes."""
@@ -88,7 +87,7 @@ class Tokenizer:
         fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         return cls(
             backend, tokenizer_type, path, max(vocabulary.values()) + 1, hf.eos_token_id, hf.bos_token_id, prefix_ids,
-            prefix, suffix, strips, hf.chat_template is not None, fingerprint, hf,
+            prefix, suffix, strips, fingerprint, hf,
         )  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
@@ -101,11 +100,6 @@ class Tokenizer:
     def encoding(self, text: str) -> tokenizers.Encoding:
         """As `encode`, with the characters of each token (`token_to_chars`) where the caller asks for them."""
         return self.backend.encode(text, add_special_tokens=False)
-
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids and, for each, the half-open range of characters it came from."""
-        encoding = self.encoding(text)
-        return encoding.ids, encoding.offsets
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids, special tokens included."""
