@@ -1,16 +1,20 @@
 """Preprocessing, packing and the loader: the same data whatever the number of workers, processes and restarts."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gram_engine.config import DataConfig
+from gram_engine.config import Config, DataConfig
 from gram_engine.data.dataset import PairDataset
 from gram_engine.data.inspect import InspectArguments, describe
 from gram_engine.data.loader import PackedLoader
-from gram_engine.data.preprocess import preprocess
-from gram_engine.errors import DataError
+from gram_engine.data.packing import best_fit_decreasing, plan, sample_costs
+from gram_engine.data.preprocess import ensure_preprocessed, preprocess
+from gram_engine.data.template import JudgeTemplate
+from gram_engine.errors import ConfigError, DataError
 from tests.conftest import TEMPLATE, write_pairs
 
 ENDINGS = (".bin", ".idx", ".samples.npy", ".json")
@@ -34,6 +38,81 @@ def test_result_does_not_depend_on_the_number_of_workers(tiny_data, tmp_path):
         make(tmp_path / "many.jsonl", tmp_path / str(workers), tiny_data["tokenizer"], workers=workers)
     for ending in ENDINGS:
         assert (tmp_path / f"1{ending}").read_bytes() == (tmp_path / f"2{ending}").read_bytes(), ending
+
+
+def test_a_row_that_stops_a_worker_is_named(tiny_data, tmp_path):
+    rows = [{"prompt": "x", "chosen": "a", "rejected": "b"}] * 150 + [{"prompt": "x", "chosen": "a " * 300, "rejected": "b"}]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="long.jsonl:151: [0-9]+ tokens, over --seq-length 192"):
+        make(tmp_path / "long.jsonl", tmp_path / "out", tiny_data["tokenizer"], overlong="error", workers=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["long.jsonl"], "nothing half-made stays behind"
+    manifest = make(tmp_path / "long.jsonl", tmp_path / "out", tiny_data["tokenizer"], overlong="drop")
+    assert manifest["counts"] == {"rows": 151, "samples": 150, "truncated": 0, "dropped": 1, "rejected": 0}
+
+
+def test_raw_files_are_preprocessed_once_for_the_same_settings(tiny_data, tmp_path):
+    data = DataConfig(tokenizer_model=tiny_data["tokenizer"], seq_length=192, template=TEMPLATE, data_cache_path=str(tmp_path))
+    first = ensure_preprocessed([tiny_data["jsonl"]], Config(data=data), "pair-preference", False)
+    written = Path(f"{first}.bin").stat().st_mtime_ns
+    assert ensure_preprocessed([tiny_data["jsonl"]], Config(data=data), "pair-preference", False) == first
+    assert Path(f"{first}.bin").stat().st_mtime_ns == written
+    others = [
+        ensure_preprocessed([tiny_data["jsonl"]], Config(data=data), "pair-preference", True),
+        ensure_preprocessed([tiny_data["jsonl"]], Config(data=data), "response-lm", False),
+        ensure_preprocessed([tiny_data["jsonl"]], Config(data=replace(data, seq_length=150)), "pair-preference", False),
+    ]
+    assert len({first, *others}) == 4
+    Path(f"{first}.idx").unlink()
+    assert len(PairDataset(ensure_preprocessed([tiny_data["jsonl"]], Config(data=data), "pair-preference", False))) == 48
+
+
+def test_ready_made_rows_keep_their_order_unless_both_are_wanted(tiny_data, tmp_path):
+    template = JudgeTemplate.load(TEMPLATE)
+    rows = [{"instruction": template.judge("x", "a", str(i)), "input": "", "output": "AB"[i % 2]} for i in range(4)]
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    make(tmp_path / "r.json", tmp_path / "once", tiny_data["tokenizer"])
+    once = PairDataset(tmp_path / "once").samples
+    assert once["order"].tolist() == [0] * 4 and once["preference"].tolist() == [1, 0, 1, 0]
+    make(tmp_path / "r.json", tmp_path / "twice", tiny_data["tokenizer"], both_orders=True)
+    twice = PairDataset(tmp_path / "twice").samples
+    assert twice["order"].tolist() == [0, 1] * 4 and twice["preference"].tolist() == [1, 0, 0, 1] * 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_packs_are_whole_within_capacity_and_balanced(seed):
+    lengths = np.random.default_rng(seed).integers(1, 400, size=200)
+    packs = best_fit_decreasing(lengths, 1000)
+    assert sorted(i for pack in packs for i in pack) == list(range(200))
+    assert all(lengths[pack].sum() <= 1000 for pack in packs) and len(packs) <= -(-lengths.sum() // 1000) + 1
+    ranks = plan(lengths, 1000, num_ranks=4, multiple=2, attention_cost=1e-3)
+    assert {len(rank) for rank in ranks} == {-(-len(packs) // 8) * 2}
+    assert sorted(i for rank in ranks for pack in rank for i in pack) == list(range(200))
+    assert all(lengths[pack].sum() <= 1000 for rank in ranks for pack in rank)
+    costs = [sum(sample_costs(lengths[pack], 1e-3).sum() for pack in rank) for rank in ranks]
+    assert max(costs) <= 1.03 * min(costs)
+
+
+def test_packs_that_leave_no_room_for_balance_are_kept():
+    lengths = np.array([6, 6, 4, 4])  # balanced by cost alone, 6 + 4 twice; a capacity of 10 leaves nothing else
+    assert [sorted(lengths[pack].tolist()) for rank in plan(lengths, 10, 2, 1, 0.0) for pack in rank] == [[4, 6]] * 2
+    lengths = np.array([5, 4, 4, 3, 3, 3, 2])  # the greedy balance finds no room in two packs of 12: best fit does
+    ranks = plan(lengths, 12, 2, 1, 0.0)
+    assert sorted(lengths[pack].sum() for rank in ranks for pack in rank) == [12, 12]
+    with pytest.raises(ValueError, match="a sample of 11 tokens does not fit into a pack of 10"):
+        plan(np.array([11]), 10, 1, 1, 0.0)
+
+
+def test_data_that_does_not_suit_the_loader_is_refused(tiny_data, tmp_path):
+    with pytest.raises(ConfigError, match="was preprocessed for --objective response-lm, not pair-preference"):
+        loader(tiny_data["stage1"])
+    with pytest.raises(ConfigError, match=r"has a sample of \d+ tokens, but a micro-batch holds 50"):
+        loader(tiny_data["stage2"], tokens=50)
+    row = {"instruction": "[User Question]\nx", "output": "an answer without markers"}
+    (tmp_path / "v.jsonl").write_text(json.dumps(row) + "\n")
+    make(tmp_path / "v.jsonl", tmp_path / "v", tiny_data["tokenizer"], objective="response-lm")
+    assert loader(tmp_path / "v", "response-lm", batch=1).batch(0).num_rows > 1
+    with pytest.raises(ConfigError, match="does not show where its two responses are"):
+        loader(tmp_path / "v", "response-lm", response_loss="b")
 
 
 def test_orders_are_balanced_and_labels_follow_the_order(tiny_data, tmp_path):
