@@ -1,4 +1,4 @@
-"""Hugging Face LLaMA folder -> the live model, at any layout; each process reads the files for itself, memory-mapped."""
+"""Hugging Face LLaMA folder -> the live model, at any layout; each process reads only the rows and columns it holds."""
 
 from __future__ import annotations
 
@@ -6,69 +6,104 @@ import json
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gram_engine.config import ModelConfig
-from gram_engine.convert.mapping import Rule, hf_names, rules
+from gram_engine.convert.mapping import INDEX, OUTPUT, SINGLE, hf_shapes, rules
 from gram_engine.errors import CheckpointError
 from gram_engine.model.build import sharded_tensors
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 @torch.no_grad()
 def load_hf_weights(chunks: list, folder: str | Path, model: ModelConfig) -> None:
-    """Fill this process's parameters from `folder`. One tensor of one layer is in memory at a time.
+    """Fill this process's parameters from `folder`, converted to their dtype; vocabulary padding becomes zero.
 
     Raises:
-        CheckpointError: a tensor is missing or of another shape than config.json says.
+        CheckpointError: a tensor is missing, of another shape than config.json says, or has no place in the engine.
     """
     source = HuggingFaceFolder(folder)
-    by_place = {(rule.engine, layer): rule for rule, layer in rules(model)}
+    source.check(model)
+    rule_of = {(rule.engine, layer): rule for rule, layer in rules(model)}
     for chunk in chunks:
         for tensor in sharded_tensors(chunk):
             stacked = tensor.prepend_axis_num
             layer = tensor.global_offset[0] if stacked else None
-            rule = by_place[tensor.key, layer]
-            whole = source.engine_tensor(rule, layer, model)
-            shape, offset = tensor.global_shape[stacked:], tensor.global_offset[stacked:]
-            if len(shape) == 2:
-                whole = F.pad(whole, (0, 0, 0, shape[0] - whole.shape[0]))
-            if tuple(whole.shape) != tuple(shape):
-                names = ", ".join(hf_names(rule, layer))
-                raise CheckpointError(f"{folder}: {names} make {tuple(whole.shape)}, config.json asks for {tuple(shape)}.")
-            part = tuple(slice(start, start + size) for start, size in zip(offset, tensor.local_shape))
-            tensor.data.copy_(whole[part])
+            rule = rule_of[tensor.key, layer]
+            names = rule.hf_names(layer)
+            offset = tensor.global_offset[stacked:]
+            (start, end), *columns = [(begin, begin + size) for begin, size in zip(offset, tensor.local_shape)]
+            row = 0
+            for part, first, last in rule.pieces_of_rows(start, end, model):
+                rows = source.read(names[part], (first, last), *columns)
+                tensor.data[row : row + len(rows)].copy_(rows)
+                row += len(rows)
+            tensor.data[row:].zero_()
 
 
 class HuggingFaceFolder:
-    """Tensors of a safetensors folder by name, sharded or not."""
+    """Tensors of a safetensors folder by name, sharded or not; files are memory-mapped and stay open."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self._open: dict[str, safe_open] = {}
         index = self.folder / INDEX
         if index.is_file():
             self.files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         elif (self.folder / SINGLE).is_file():
-            with safe_open(self.folder / SINGLE, framework="pt") as handle:
-                self.files = dict.fromkeys(handle.keys(), SINGLE)
+            self.files = dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
         else:
             raise CheckpointError(f"{folder}: neither {INDEX} nor {SINGLE} is here. The weights must be safetensors.")
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor, in its stored dtype."""
-        if name not in self.files:
-            raise CheckpointError(f"{self.folder}: tensor {name} is missing.")
-        with safe_open(self.folder / self.files[name], framework="pt") as handle:
-            return handle.get_tensor(name)
+    def check(self, model: ModelConfig) -> None:
+        """Compare names and shapes with what `model` needs, before any weight is read.
 
-    def engine_tensor(self, rule: Rule, layer: int | None, model: ModelConfig) -> Tensor:
-        """A rule's engine tensor of one layer, whole."""
+        Raises:
+            CheckpointError: names every tensor that is missing or has no place, or the first of another shape.
+        """
+        wanted = hf_shapes(model)
+        # Old conversions stored the rotary frequencies; with tied embeddings some folders repeat the output layer.
+        extra = {
+            name
+            for name in self.files.keys() - wanted.keys()
+            if not name.endswith("rotary_emb.inv_freq") and name not in OUTPUT.hf
+        }
+        if missing := wanted.keys() - self.files.keys():
+            raise CheckpointError(f"{self.folder}: missing: {_some(missing)}. Download the folder again.")
+        if extra:
+            raise CheckpointError(f"{self.folder}: the engine has no place for {_some(extra)}. It reads plain LLaMA models.")
+        for name, shape in wanted.items():
+            found = tuple(self._slice(name).get_shape())
+            if found != shape:
+                raise CheckpointError(
+                    f"{self.folder}: {name} has shape {found}; config.json asks for {shape}. Use the config.json that belongs "
+                    "to these weights."
+                )
+
+    def read(self, name: str, rows: tuple[int, int], columns: tuple[int, int] | None = None) -> Tensor:
+        """Some rows, and columns of a matrix, of one tensor, in its stored dtype."""
+        stored = self._slice(name)
+        return stored[slice(*rows)] if columns is None else stored[slice(*rows), slice(*columns)]
+
+    def _slice(self, name: str):
         try:
-            return rule.merge([self.tensor(name) for name in hf_names(rule, layer)], model)
-        except RuntimeError as error:
-            names = ", ".join(hf_names(rule, layer))
-            raise CheckpointError(f"{self.folder}: {names} do not fit config.json: {error}") from error
+            return self._file(self.files[name]).get_slice(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.folder / self.files[name]}: {error}. Download the file again.") from error
+
+    def _file(self, name: str):
+        if name not in self._open:
+            path = self.folder / name
+            if not path.is_file():
+                raise CheckpointError(f"{path}: no such file, but {INDEX} names it. Download the folder again.")
+            try:
+                self._open[name] = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise CheckpointError(f"{path}: not a whole safetensors file ({error}). Download it again.") from error
+        return self._open[name]
+
+
+def _some(names: set[str]) -> str:
+    first = sorted(names)[:3]
+    rest = f" and {len(names) - len(first)} more" if len(names) > len(first) else ""
+    return ", ".join(first) + rest
