@@ -37,7 +37,7 @@ class QuickstartConfig:
     output_dir: str = "runs/quickstart"
     """Everything is written here."""
     settings: Optional[str] = None
-    """NAME of examples/configs/NAME-stage1.yaml and NAME-stage2.yaml; default: quickstart, or small with --data."""
+    """X of X-stage1.yaml and X-stage2.yaml; default: examples/configs/quickstart, or .../small with --data."""
     vocab_size: Optional[int] = None
     """Pieces of the tokenizer; default: 768, or 8192 with --data."""
     nproc_per_node: Optional[int] = None
@@ -94,8 +94,8 @@ class Quickstart:
     def train(self, stage: str, objective: str, train: tuple, tokenizer: Path) -> None:
         """Preprocess for one stage, train it, and export it to a Hugging Face folder."""
         out = Path(self.config.output_dir)
-        name = self.config.settings or ("small" if self.config.data else "quickstart")
-        settings = ["--config", f"{CONFIGS}/{name}-{stage}.yaml", "--tokenizer-model", tokenizer, *self.seed]
+        name = self.config.settings or f"{CONFIGS}/{'small' if self.config.data else 'quickstart'}"
+        settings = ["--config", f"{name}-{stage}.yaml", "--tokenizer-model", tokenizer, *self.seed]
         prefix = out / "preprocessed" / stage
         self.step(
             f"{stage}: preprocess", "gram", "preprocess", *settings, "--objective", objective, "--data", *train,
@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         f"\nheld-out accuracy before labels (after stage 1): {report['accuracy_before']:.3f}\n"
         f"held-out accuracy after stage 2:                 {report['accuracy_after']:.3f}\n"
         f"same verdict with the responses exchanged:       {report['swap_consistency']:.3f}\n"
-        f"{report['seconds']:.0f} s with {report['processes']} processes; report: {path.relative_to(ROOT)}"
+        f"{report['seconds']:.0f} s with {report['processes']} processes; report: {config.output_dir}/report.json"
     )
 
 
