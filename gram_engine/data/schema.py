@@ -23,11 +23,6 @@ class Pair:
     margin: float = math.nan
     place: str = ""
 
-    def exchanged(self) -> Pair:
-        """The same comparison with the two responses in the other order."""
-        preference = 1.0 - self.preference
-        return Pair(self.prompt, self.response_b, self.response_a, preference, self.weight, self.margin, self.place)
-
 
 @dataclass(frozen=True)
 class Verbatim:
