@@ -5,43 +5,9 @@ import json
 import pytest
 import torch
 
+from gram_engine.errors import CheckpointError, ConfigError
+from tests.hf_models import SCALINGS, write_hf_model
 from tests.tiny import tiny_trainer
-
-SCALINGS = {
-    "plain": None,
-    "llama3-8": dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192),
-    "llama3-32": dict(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192),
-}
-
-
-def write_hf_model(folder, vocab_size, tied, scaling, dtype=torch.float32):
-    """A random LLaMA saved by transformers itself."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    rope = {"rope_type": "default", "rope_theta": 500000.0}
-    if SCALINGS[scaling]:
-        rope = {"rope_type": "llama3", "rope_theta": 500000.0, **SCALINGS[scaling]}
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=256,
-        rms_norm_eps=1e-5,
-        rope_parameters=rope,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(dtype)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    model.save_pretrained(folder)
-    return model.eval()
 
 
 def packed_logits(prefix, tokenizer, folder, lengths, tokens):
@@ -89,9 +55,7 @@ def test_logits_equal_transformers(scaling, tied, pool, tiny_data, tmp_path):
     tokens = torch.randint(0, vocab_size, (sum(lengths),), generator=generator)
     with torch.no_grad():
         expected = torch.cat([model(part[None]).logits[0] for part in tokens.split(lengths)])
-    found = pool.run(
-        packed_logits, 1, tiny_data["stage2"], tiny_data["tokenizer"], str(tmp_path / "hf"), lengths, tokens
-    )[0]
+    found = pool.run(packed_logits, 1, tiny_data["stage2"], tiny_data["tokenizer"], str(tmp_path / "hf"), lengths, tokens)[0]
     assert expected.abs().mean() > 0.1, "logits must not be trivially small"
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
@@ -127,8 +91,63 @@ def test_round_trip_is_exact(processes, flags, tied, dtype, pool, tiny_data, tmp
         assert theirs[key] == ours[key], key
 
 
-def test_exported_folder_loads_with_transformers_and_scores_without_padding_effects(pool, tiny_data, tmp_path):
-    import numpy as np
+def embedding_copies(prefix, tokenizer, folder, flags):
+    """This rank's copies of the tied embedding, one for each model chunk that has one."""
+    trainer = tiny_trainer(hf_run(prefix, tokenizer, folder, flags))
+    bare = [chunk.module for chunk in trainer.model]
+    return [chunk.shared_embedding_or_output_weight().detach() for chunk in bare if chunk.pre_process or chunk.post_process]
+
+
+def test_tied_embedding_is_filled_on_first_and_last_stage(pool, tiny_data, tmp_path):
+    from safetensors.torch import load_file
+
+    vocab_size = 545
+    write_hf_model(tmp_path / "hf", vocab_size, True, "plain")
+    wanted = load_file(tmp_path / "hf" / "model.safetensors")["model.embed_tokens.weight"]
+    flags = "--pipeline-model-parallel-size 2"
+    run = (tiny_data["stage2"], tiny_data["tokenizer"], str(tmp_path / "hf"), flags)
+    found = pool.run(embedding_copies, 2, *run)
+    assert [len(copies) for copies in found] == [1, 1]
+    for (copy,) in found:
+        assert torch.equal(copy[:vocab_size], wanted)
+        assert not copy[vocab_size:].any(), "padding rows are zero"
+
+
+def test_export_in_shards_and_another_dtype_loads_with_transformers(pool, tiny_data, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from gram_engine.convert import export_hf
+    from gram_engine.data.tokenizer import Tokenizer
+
+    monkeypatch.setattr(export_hf, "MAX_SHARD_BYTES", 40_000)
+    vocab_size = json.load(open(f"{tiny_data['stage2']}.json"))["tokenizer"]["vocab_size"]
+    original = write_hf_model(tmp_path / "hf", vocab_size, True, "llama3-32")
+    run = (tiny_data["stage2"], tiny_data["tokenizer"], str(tmp_path / "hf"), "", str(tmp_path / "checkpoint"))
+    pool.run(save_untrained, 1, *run)
+    export_hf.main(
+        ["--from", "engine", "--to", "hf", "--load", str(tmp_path / "checkpoint"), "--save", str(tmp_path / "out")]
+        + ["--dtype", "bfloat16"]
+    )
+
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 3
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(tensor.bfloat16(), model.state_dict()[name]), name
+    assert model.config.rope_parameters == original.config.rope_parameters
+    text = "Naïve  café\n\t<s> 你好"
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")(text, add_special_tokens=False).input_ids
+    assert ids == Tokenizer.load("auto", tiny_data["tokenizer"]).encode(text)
+
+    with pytest.raises(ConfigError, match="out exists. Remove it, or give another --save"):
+        export_hf.export_hf(tmp_path / "checkpoint", tmp_path / "out")
+    (part,) = (tmp_path / "checkpoint").glob("iter_*/__0_0.distcp")
+    part.unlink()
+    with pytest.raises(CheckpointError, match="tensor .* cannot be read"):
+        export_hf.export_hf(tmp_path / "checkpoint", tmp_path / "again")
+    assert not [path for path in tmp_path.iterdir() if "again" in path.name], "nothing half-written stays behind"
+
+
+def test_exported_folder_scores_as_any_server_would(pool, tiny_data, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from gram_engine.convert.export_hf import export_hf
@@ -142,30 +161,10 @@ def test_exported_folder_loads_with_transformers_and_scores_without_padding_effe
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     scorer = RewardModelScorer.from_pretrained(folder)
-    comparisons = [("one", "red blue", "green"), ("two " * 20, "stone " * 30, "river"), ("three", "a", "b")]
-    together = scorer.margins(comparisons)
-    alone = np.array([scorer.margins([comparison])[0] for comparison in comparisons])
-    np.testing.assert_allclose(together, alone, atol=1e-5)
+    comparison = ("one", "red blue", "green")
 
     # The margin is the difference of the two label tokens' logits of the text as any server would tokenise it.
-    text = scorer.template.judge(*comparisons[0])
+    text = scorer.template.judge(*comparison)
     logits = model(**tokenizer(text, return_tensors="pt")).logits[0, -1]
     label_a, label_b = json.load(open(folder / "gram_config.json"))["label_ids"]
-    assert together[0] == pytest.approx(float(logits[label_a] - logits[label_b]), abs=1e-4)
-
-    rewards = scorer.score_pairs([comparisons[0], (comparisons[0][0], comparisons[0][2], comparisons[0][1])])["reward_a"]
-    assert rewards.sum() == pytest.approx(1.0)
-
-
-def test_errors_name_what_does_not_fit(tmp_path):
-    from gram_engine.convert.import_hf import HuggingFaceFolder
-    from gram_engine.errors import CheckpointError, ConfigError
-    from gram_engine.model.presets import shape_from_hf
-
-    with pytest.raises(ConfigError, match="config.json: no such file. --load-hf needs"):
-        shape_from_hf(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ConfigError, match="model_type is 'gpt2'; the engine reads 'llama'"):
-        shape_from_hf(tmp_path)
-    with pytest.raises(CheckpointError, match="neither model.safetensors.index.json nor model.safetensors"):
-        HuggingFaceFolder(tmp_path)
+    assert scorer.margins([comparison])[0] == pytest.approx(float(logits[label_a] - logits[label_b]), abs=1e-4)

@@ -34,3 +34,9 @@ def test_ties_and_lone_orders_do_not_count_towards_accuracy():
     found = pair_metrics([0, 0, 1], [0, 1, 0], [1.0, -1.0, 2.0], [0.5, 0.5, 1])
     assert (found["ties"], found["pairs"], found["accuracy_single"]) == (1, 0, 1)
     assert np.isnan(found["accuracy"])
+
+
+def test_unlabelled_pairs_count_towards_consistency_alone():
+    found = pair_metrics([0, 0, 1, 1], [0, 1, 0, 1], [1.0, -1.0, 2.0, 2.0], [1, 0, np.nan, np.nan])
+    assert (found["accuracy"], found["accuracy_single"], found["margin"]) == (1, 1, 1)
+    assert (found["pairs"], found["ties"], found["swap_consistency"]) == (1, 0, 0.5)

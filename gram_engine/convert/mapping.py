@@ -140,8 +140,4 @@ def rules(model: ModelConfig) -> list[tuple[Rule, int | None]]:
 
 def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of the model in a Hugging Face folder."""
-    return {
-        name: shape
-        for rule, layer in rules(model)
-        for name, shape in zip(rule.hf_names(layer), rule.hf_shapes(model))
-    }
+    return {name: shape for rule, layer in rules(model) for name, shape in zip(rule.hf_names(layer), rule.hf_shapes(model))}

@@ -53,10 +53,15 @@ def shape_from_hf(folder: str | Path) -> dict:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ConfigError(f"{path}: no such file. --load-hf needs a Hugging Face folder with config.json and safetensors.")
-    hf = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        hf = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON ({error}). Download it again.") from None
     if hf.get("model_type") != "llama":
         raise ConfigError(f"{path}: model_type is {hf.get('model_type')!r}; the engine reads 'llama'.")
-    for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+    if missing := [key for key in _REQUIRED if hf.get(key) is None]:
+        raise ConfigError(f"{path}: {', '.join(missing)} missing. Use the config.json that belongs to the weights.")
+    for key, wanted in _ONLY.items():
         if hf.get(key, wanted) != wanted:
             raise ConfigError(f"{path}: {key} is {hf[key]!r}; the engine has only {wanted!r}.")
     base, factor = _rope(hf, path)
@@ -71,10 +76,21 @@ def shape_from_hf(folder: str | Path) -> dict:
         vocab_size=hf["vocab_size"],
         rotary_base=base,
         rope_scaling_factor=factor,
-        norm_epsilon=hf["rms_norm_eps"],
-        max_position_embeddings=hf["max_position_embeddings"],
+        # As LlamaConfig fills them in where they are absent.
+        norm_epsilon=hf.get("rms_norm_eps", 1e-6),
+        max_position_embeddings=hf.get("max_position_embeddings", 2048),
         untie_embeddings_and_output_weights=not hf.get("tie_word_embeddings", False),
     )
+
+
+_REQUIRED = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+)
+_ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
 
 
 def _rope(hf: dict, path: Path) -> tuple[float, float | None]:
@@ -82,6 +98,8 @@ def _rope(hf: dict, path: Path) -> tuple[float, float | None]:
     parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     base = parameters.get("rope_theta", hf.get("rope_theta", 10000.0))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(f"{path}: partial_rotary_factor {parameters['partial_rotary_factor']}; the engine turns whole heads.")
     if kind == "default":
         return float(base), None
     if kind != "llama3":
@@ -95,8 +113,10 @@ def _rope(hf: dict, path: Path) -> tuple[float, float | None]:
 def hf_config(model: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None) -> dict:
     """config.json of a resolved model for LlamaForCausalLM; `dtype` as torch names it, such as "bfloat16"."""
     rope = {"rope_type": "default", "rope_theta": model.rotary_base}
+    scaling = None
     if model.rope_scaling_factor is not None:
-        rope.update({"rope_type": "llama3", "factor": model.rope_scaling_factor, **ROPE_SCALING})
+        scaling = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **ROPE_SCALING}
+        rope.update(scaling)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -110,7 +130,9 @@ def hf_config(model: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | 
         "rms_norm_eps": model.norm_epsilon,
         "max_position_embeddings": model.max_position_embeddings,
         "rope_parameters": rope,
+        # The same for readers that do not know `rope_parameters` (transformers 4).
         "rope_theta": model.rotary_base,
+        "rope_scaling": scaling,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,

@@ -18,25 +18,24 @@ def sigmoid(values: np.ndarray) -> np.ndarray:
     return 0.5 * (1.0 + np.tanh(0.5 * np.asarray(values, dtype=np.float64)))
 
 
-def pair_metrics(
-    pair_ids: np.ndarray, orders: np.ndarray, margins: np.ndarray, preference: np.ndarray
-) -> dict[str, float]:
+def pair_metrics(pair_ids: np.ndarray, orders: np.ndarray, margins: np.ndarray, preference: np.ndarray) -> dict[str, float]:
     """Metrics over verdicts in both orders.
 
     Args:
         pair_ids: [verdicts] which pair a verdict belongs to.
         orders: [verdicts] 0 as given, 1 exchanged.  Pairs seen in one order only count in `accuracy_single` alone.
         margins: [verdicts] Z_A - Z_B in that order.
-        preference: [verdicts] 1 where the response shown as A is better, 0 where B is, 1/2 for a tie.
+        preference: [verdicts] 1 where the response shown as A is better, 0 where B is, 1/2 for a tie, nan unlabelled.
 
     Returns:
         accuracy (of Eq. 3 over both orders; an even reward counts half), accuracy_single (each verdict alone),
         swap_consistency (share of pairs with the same winner in both orders), prefers_a (share of verdicts for A),
-        margin (mean, towards the winner), pairs (how many pairs have a winner), ties (how many have none).
+        margin (mean, towards the winner), pairs (how many pairs have a winner), ties (how many have none).  A figure
+        over nothing is nan.
     """
     margins = np.asarray(margins, dtype=np.float64)
     sign = 2.0 * np.asarray(preference, dtype=np.float64) - 1.0
-    decided = sign != 0
+    decided = np.abs(sign) > 0
     result = {
         "accuracy_single": _mean(_credit(margins * sign)[decided]),
         "margin": _mean((margins * sign)[decided]),
@@ -44,11 +43,11 @@ def pair_metrics(
     }
     given, exchanged = _both_orders(np.asarray(pair_ids), np.asarray(orders))
     rewards = reward_of_first(margins[given], margins[exchanged])
-    winners = sign[given] != 0
+    winners = decided[given]
     result["accuracy"] = _mean(_credit((rewards - 0.5) * sign[given])[winners])
     result["swap_consistency"] = _mean(margins[given] * margins[exchanged] < 0)
     result["pairs"] = int(winners.sum())
-    result["ties"] = int((~winners).sum())
+    result["ties"] = int((sign[given] == 0).sum())
     return result
 
 
