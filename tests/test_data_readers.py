@@ -160,6 +160,7 @@ def test_bad_rows(row, message, tmp_path):
         ("a.jsonl", b"[1,\n2]\n", "a.jsonl:1: not valid JSON: .* A JSON array must be in a file named .json."),
         ("a.json", b"[" + ROW + b',\n\n{"prompt" 3}]', "a.json:3: not valid JSON: Expecting ':' delimiter at column 11"),
         ("a.json", b"[" + ROW + b"\n" + ROW + b"]", "a.json:2: not valid JSON: Expecting ',' or ']' at column 1"),
+        ("a.jsonl", ROW + b'\n{"prompt": \n', "a.jsonl:2: not valid JSON: Expecting value at column 11. Write one JSON object"),
         ("a.jsonl", b"\n", "a.jsonl: no rows"),
         ("a.jsonl.gz", gzip.compress(ROW + b"\n")[:-9], "a.jsonl.gz: not a whole gzip file"),
         ("a.parquet", b"PAR1", "a.parquet: not a readable Parquet file"),

@@ -148,9 +148,7 @@ def test_a_ready_made_row_equals_the_pair_it_was_made_from(sentencepiece_tokeniz
     ready = Verbatim(template.judge("red?", "stone", "river cloud"), "B")
     for exchanged in (False, True):
         tokens = [
-            judge_sample(
-                sentencepiece_tokenizer, layout_of(row, template, "pair-preference", exchanged), 2000, "error"
-            ).tokens
+            judge_sample(sentencepiece_tokenizer, layout_of(row, template, "pair-preference", exchanged), 2000, "error").tokens
             for row in (pair, ready)
         ]
         assert tokens[0] == tokens[1]

@@ -79,8 +79,9 @@ def _convert(row: dict, data: DataConfig, place: str) -> list[Pair | Verbatim]:
         _refuse_empty(instruction=instruction, output=output)
         return [Verbatim(instruction, output, weight, place)]
     names = ", ".join(map(str, row)) or "none"
-    raise BadRow(f"no responses among its fields ({names}). Supported: {_SUPPORTED}; or name yours with --chosen-key and "
-                 "--rejected-key.")
+    raise BadRow(
+        f"no responses among its fields ({names}). Supported: {_SUPPORTED}; or name yours with --chosen-key and --rejected-key."
+    )
 
 
 def _chosen_rejected(row, data, chosen: Optional[str], rejected: Optional[str], weight: float, place: str) -> Pair:
@@ -290,8 +291,10 @@ def _preference(value: Any, name: str) -> tuple[float, float]:
         return 1.0 - value, math.nan
     if name == "preference" and 0 <= value <= 1:
         return float(value), math.nan
-    raise BadRow(f"{name} is {value}, which different data sets read differently. Write A, B or tie, or use 'preference': "
-                 "a number from 0 (B is better) to 1 (A is better).")
+    raise BadRow(
+        f"{name} is {value}, which different data sets read differently. Write A, B or tie, or use 'preference': "
+        "a number from 0 (B is better) to 1 (A is better)."
+    )
 
 
 def _margin(row: dict) -> float:

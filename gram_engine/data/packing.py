@@ -42,9 +42,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     return packs
 
 
-def balanced_packs(
-    lengths: Sequence[int], costs: Sequence[float], capacity: int, num_packs: int
-) -> Optional[list[list[int]]]:
+def balanced_packs(lengths: Sequence[int], costs: Sequence[float], capacity: int, num_packs: int) -> Optional[list[list[int]]]:
     """Exactly `num_packs` packs of about equal cost, each within `capacity`; None where the greedy rule finds no room.
 
     The dearest sample goes first, each into the cheapest pack that has room for it.
@@ -78,9 +76,7 @@ def assign_to_ranks(pack_costs: Sequence[float], num_ranks: int) -> list[list[in
     return ranks
 
 
-def plan(
-    lengths: np.ndarray, capacity: int, num_ranks: int, multiple: int, attention_cost: float
-) -> list[list[list[int]]]:
+def plan(lengths: np.ndarray, capacity: int, num_ranks: int, multiple: int, attention_cost: float) -> list[list[list[int]]]:
     """Packs of every rank, [num_ranks][packs] lists of indices into `lengths`; a pack may be empty.
 
     Every rank has the same number of packs, a multiple of `multiple`; samples are spread over all of them.

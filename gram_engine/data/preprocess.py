@@ -114,9 +114,7 @@ def preprocess(
     return manifest
 
 
-def ensure_preprocessed(
-    files: Sequence[str | Path], config: Config, objective: Objective, both_orders: bool
-) -> str:
+def ensure_preprocessed(files: Sequence[str | Path], config: Config, objective: Objective, both_orders: bool) -> str:
     """Prefix of the preprocessed files in --data-cache-path, made now unless they are there already.
 
     The name is a hash of the files' content and of every setting that shapes the result. To be called by one process.
@@ -143,9 +141,7 @@ def ensure_preprocessed(
         PairDataset(prefix)
     except DataError:
         workers = cfg.preprocess_workers
-        manifest = preprocess(
-            files, prefix, objective=objective, cfg=cfg, both_orders=both_orders, workers=workers, seed=seed
-        )
+        manifest = preprocess(files, prefix, objective=objective, cfg=cfg, both_orders=both_orders, workers=workers, seed=seed)
         logger.info("%s: %s", prefix, summary(manifest))
     return prefix
 
@@ -243,9 +239,7 @@ class _Task:
                 tokens += sample.tokens
                 lengths.append(len(sample.tokens))
                 truncated += sample.truncated
-        return Chunk(
-            np.array(tokens, np.int32), lengths, np.array(records, SAMPLE_DTYPE), len(rows), truncated, dropped
-        )
+        return Chunk(np.array(tokens, np.int32), lengths, np.array(records, SAMPLE_DTYPE), len(rows), truncated, dropped)
 
     def _orders(self, number: int, row: Row) -> tuple[int, ...]:
         if isinstance(row, Verbatim):  # used as written; exchanged only where both orders are wanted and possible

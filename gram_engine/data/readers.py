@@ -1,6 +1,7 @@
 """Reads preference data as people have it: one checked `Pair` (or ready-made `Verbatim` row) after the other.
 
-Files: JSONL, JSON, both also gzipped, and Parquet; and data sets of the Hugging Face hub by name. `fields.py` knows what the fields of a row are called.
+Files: JSONL, JSON, both also gzipped, and Parquet; and data sets of the Hugging Face hub by name (`sources.py`).
+`fields.py` knows what the fields of a row are called.
 """
 
 from __future__ import annotations
@@ -20,9 +21,7 @@ OnReject = Callable[[DataError, Any], None]
 """Called with the error and the raw row (or line) of each bad row, instead of stopping."""
 
 
-def read_rows(
-    paths: Sequence[str | Path], data: DataConfig, on_reject: Optional[OnReject] = None
-) -> Iterator[Pair | Verbatim]:
+def read_rows(paths: Sequence[str | Path], data: DataConfig, on_reject: Optional[OnReject] = None) -> Iterator[Pair | Verbatim]:
     """All comparisons of the files, in order; a ranked list of K responses gives its K(K-1)/2 pairs.
 
     Raises:
@@ -81,7 +80,7 @@ def _line_rows(handle) -> Iterator[tuple[int, Any]]:
         if not raw.strip():
             continue
         try:
-            yield number, json.loads(raw.decode("utf-8"))
+            yield number, json.loads(raw.decode("utf-8").rstrip())
         except UnicodeDecodeError as error:
             yield number, BadRow(f"not UTF-8 (byte {raw[error.start]:#04x} at column {error.start + 1}). Save it as UTF-8.")
         except json.JSONDecodeError as error:
