@@ -89,7 +89,7 @@ class DataConfig:
     ties: Literal["half", "drop"] = "half"
     """Pairs without a winner: train towards 1/2, or drop them (stage 2)."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"
-    """Samples over --seq-length: shorten the responses evenly, drop the sample, or stop."""
+    """Samples over --seq-length: shorten the responses (the longer first), drop the sample, or stop."""
     skip_bad_rows: bool = False
     """Count bad rows and write them to PREFIX.rejects.jsonl instead of stopping at the first."""
     seq_length: int = 2048
