@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Iterator, Literal, Optional
@@ -54,6 +55,8 @@ class ConvertArguments:
 def main(argv: list[str] | None = None) -> None:
     """Command line of tools/convert_checkpoint.py and `gram convert`."""
     arguments = tyro.cli(ConvertArguments, args=argv, prog="gram convert")
+    # megatron-core tells of every optional package that it misses.
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     try:
         print(f"wrote {export_hf(arguments.load, arguments.save, arguments.dtype)}")
     except GramError as error:
@@ -160,11 +163,11 @@ def _write_weights(path: Path, folder: Path, config: Config, dtype: torch.dtype 
     for name, tensor in _hf_tensors(path, config):
         tensor = tensor.to(dtype or tensor.dtype)
         if shard and sum(part.nbytes for part in shard.values()) + tensor.nbytes > MAX_SHARD_BYTES:
-            save_file(shard, folder / _part(number), metadata={"format": "pt"})
+            _save_shard(shard, folder / _part(number))
             shard, number = {}, number + 1
         shard[name], shard_of[name] = tensor, number
         total += tensor.nbytes
-    save_file(shard, folder / _part(number), metadata={"format": "pt"})
+    _save_shard(shard, folder / _part(number))
     if number == 1:
         (folder / _part(1)).rename(folder / SINGLE)
         return tensor.dtype
@@ -174,6 +177,11 @@ def _write_weights(path: Path, folder: Path, config: Config, dtype: torch.dtype 
     weight_map = {name: final[part] for name, part in sorted(shard_of.items())}
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return tensor.dtype
+
+
+def _save_shard(shard: dict[str, Tensor], path: Path) -> None:
+    save_file(shard, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def _part(number: int) -> str:
