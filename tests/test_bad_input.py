@@ -1,5 +1,7 @@
 """What a user sees for bad input: the exact message, once, and exit status 2."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gram_engine import cli
 from tests.conftest import TEMPLATE
 
 ROOT = Path(__file__).parents[1]
@@ -16,10 +19,10 @@ GOOD = {"prompt": "say yes", "chosen": "yes", "rejected": "no"}
 
 
 def run(*arguments, **environment):
-    """(exit status, output) of the gram command."""
+    """(exit status, output) of the gram command in a process of its own."""
     command = [sys.executable, "-m", "gram_engine.cli", *map(str, arguments)]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+        command, cwd=ROOT, capture_output=True, text=True, timeout=200, env={**os.environ, **environment}
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -30,10 +33,18 @@ def write_rows(path, *rows):
 
 
 def preprocess(data, tiny_data, tmp_path, *extra):
-    return run(
+    """(exit status, output) of `gram preprocess`, called here."""
+    arguments = [
         "preprocess", "--data", data, "--output-prefix", tmp_path / "out", "--tokenizer-model", tiny_data["tokenizer"],
         "--template", TEMPLATE, "--seq-length", "192", *extra,
-    )  # fmt: skip
+    ]  # fmt: skip
+    output, status = io.StringIO(), 0
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            cli.main([*map(str, arguments)])
+        except SystemExit as end:
+            status = end.code
+    return status, output.getvalue()
 
 
 @pytest.mark.parametrize(
