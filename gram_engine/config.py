@@ -114,6 +114,10 @@ class ParallelConfig:
     """PP: pipeline stages."""
     num_layers_per_virtual_pipeline_stage: Optional[int] = None
     """Layers per virtual stage (interleaved schedule); unset: no virtual stages."""
+    decoder_first_pipeline_num_layers: Optional[int] = None
+    """Layers of the first pipeline stage; unset: as many as the others."""
+    decoder_last_pipeline_num_layers: Optional[int] = None
+    """Layers of the last pipeline stage; unset: as many as the others. The log's line on pipeline balance proposes one."""
     sequence_parallel: bool = False
     """Shard norms and residuals over the tensor-parallel processes (needs TP > 1)."""
     use_distributed_optimizer: bool = False
@@ -140,6 +144,12 @@ class TrainingConfig:
     """Stage 1: also learn the marker lines around the responses and the end of the text."""
     label_smoothing: float = 0.1
     """Stage 2: the paper's eps, weight of the wrong label. (torch's label_smoothing = 2 eps: the authors' YAML 0.1 is 0.05.)"""
+    label_softmax: Literal["two-token", "full-vocabulary"] = "two-token"
+    """Stage 2: softmax and smoothing over the two label tokens (Eq. 7-8), or over the vocabulary (Table 5, vanilla)."""
+    fused_losses: bool = True
+    """Use the fused losses (gram_engine/kernels); off: plain PyTorch and autograd, slower, to compare with."""
+    prune_last_layer: bool = True
+    """Stage 2 with fused losses: the last layer computes only keys and values away from the label rows. Exact."""
     micro_batch_size: int = 1
     """A micro-batch is one pack of at most micro-batch-size x seq-length tokens."""
     global_batch_size: int = 32
@@ -251,6 +261,19 @@ class Config:
         if layers is None:
             return None
         return self.model.num_layers // (self.parallel.pipeline_model_parallel_size * layers)
+
+    @property
+    def prunes_last_layer(self) -> bool:
+        """Whether the model returns the label rows alone."""
+        training = self.training
+        return training.objective == "pair-preference" and training.fused_losses and training.prune_last_layer
+
+    @property
+    def label_rows_only(self) -> bool:
+        """Whether the output weight serves at two rows alone, and the head norms the hidden rows."""
+        training = self.training
+        two_token = training.objective == "pair-preference" and training.label_softmax == "two-token"
+        return two_token and training.fused_losses
 
     def to_yaml(self) -> str:
         """The whole configuration as YAML, in sections; `parse --config` reads it back."""

@@ -1,4 +1,4 @@
-"""The losses' arithmetic: one function per loss, called by the objectives whatever implements it."""
+"""The losses' arithmetic: one function per loss, whatever implements it (dispatch.py)."""
 
 from gram_engine.kernels.linear_cross_entropy import linear_cross_entropy
 from gram_engine.kernels.pair_loss import pair_loss

@@ -1,13 +1,19 @@
-"""Vocabulary-parallel linear layer + cross entropy in row chunks, in plain PyTorch.
+"""Vocabulary-parallel linear layer + cross entropy in row chunks, the gradients made together with the loss.
 
-Only `chunk_size` rows of logits exist at a time; the backward pass makes each chunk's logits again.
+Each chunk's logits lie in memory once and are replaced by their gradient, from which the gradients of the rows and of the
+weight are added up at once: three matrix products, no logits kept, memory independent of rows x vocabulary.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from gram_engine.kernels.cross_entropy import cross_entropy_grad_, cross_entropy_stats
 
 
 def linear_cross_entropy(
@@ -15,81 +21,156 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     vocab_size: int,
-    chunk_size: int,
+    *,
+    chunk_size: int = 1024,
+    label_smoothing: float = 0.0,
+    row_weight: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
+    main_grad: Tensor | None = None,
 ) -> Tensor:
-    """-log softmax(hidden @ weight^T)[target] for each row, over the first `vocab_size` rows of the whole weight.
+    """Sum over rows of row_weight * cross entropy of hidden @ weight^T, over the first `vocab_size` rows of the weight.
 
     Args:
         hidden: [rows, hidden], the same on every process of `group`.
-        weight: [padded vocabulary / group size, hidden], this process's rows.
+        weight: [padded vocabulary / group size, hidden], this process's rows, hidden's dtype.
         targets: [rows] int64 token ids.
         vocab_size: rows of the whole weight that are real tokens; the rest is padding and gets no probability.
-        chunk_size: rows whose logits exist at one time.
+        chunk_size: rows whose logits exist at one time (twice as many with a group: communication of one chunk overlaps
+            the matrix product of the next).
+        label_smoothing: weight spread evenly over the vocabulary, as in torch's cross_entropy.
+        row_weight: [rows] fp32, or None for ones.
         group: tensor-parallel group, or None for a whole weight.
+        main_grad: where the gradient of `weight` is added, in the forward pass, instead of going through autograd: fp32
+            [as weight].  The loss must then be differentiated with gradient 1 (a plain sum), or backward raises.
 
     Returns:
-        [rows] fp32 (float64 for float64 input).  The gradient of `hidden` holds this process's part only: the caller
-        sums it over the group (copy_to_tensor_model_parallel_region).
+        Scalar fp32 (float64 for float64).  The gradient of `hidden` holds this process's part only: the caller sums it
+        over the group.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, chunk_size, group)
+    task = _Task(
+        targets=targets,
+        vocab_size=vocab_size,
+        chunk_size=chunk_size,
+        label_smoothing=label_smoothing,
+        row_weight=row_weight,
+        group=group if group is not None and dist.get_world_size(group) > 1 else None,
+        main_grad=main_grad,
+        with_gradients=torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad),
+    )
+    return _LinearCrossEntropy.apply(hidden, weight if main_grad is None else weight.detach(), task)
+
+
+@dataclass
+class _Task:
+    targets: Tensor
+    vocab_size: int
+    chunk_size: int
+    label_smoothing: float
+    row_weight: Tensor | None
+    group: dist.ProcessGroup | None
+    main_grad: Tensor | None
+    with_gradients: bool
+
+
+@dataclass
+class _Chunk:
+    """Logits of some rows, on their way: statistics of all processes are being gathered."""
+
+    rows: slice
+    logits: Tensor
+    stats: Tensor
+    handle: dist.Work | None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, vocab_size, chunk_size, group):
-        rank = dist.get_rank(group) if group is not None else 0
-        first = rank * weight.shape[0]
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        log_normaliser = torch.empty(hidden.shape[0], dtype=dtype, device=hidden.device)
-        target_logit = torch.empty_like(log_normaliser)
-        for rows in _chunks(hidden.shape[0], chunk_size):
-            logits = _local_logits(hidden[rows], weight, vocab_size - first, dtype)
-            top = logits.amax(dim=-1)
-            _all_reduce(top, group, dist.ReduceOp.MAX)
-            index, owned = _local_index(targets[rows], first, weight.shape[0])
-            picked = logits.gather(1, index[:, None])[:, 0].masked_fill(~owned, 0.0)
-            sums = torch.stack([logits.sub_(top[:, None]).exp_().sum(dim=-1), picked])
-            _all_reduce(sums, group, dist.ReduceOp.SUM)
-            log_normaliser[rows] = sums[0].log() + top
-            target_logit[rows] = sums[1]
-        ctx.save_for_backward(hidden, weight, targets, log_normaliser)
-        ctx.first, ctx.valid, ctx.chunk_size = first, vocab_size - first, chunk_size
-        return log_normaliser - target_logit
+    def forward(ctx, hidden, weight, task):
+        state = _State(hidden, weight, task)
+        pending = deque()
+        for number, start in enumerate(range(0, len(hidden), task.chunk_size)):
+            pending.append(state.start(number, slice(start, min(start + task.chunk_size, len(hidden)))))
+            if len(pending) == len(state.buffers):
+                state.finish(pending.popleft())
+        for chunk in pending:
+            state.finish(chunk)
+        ctx.unit_gradient = task.main_grad is not None
+        ctx.weight_dtype = weight.dtype
+        returned = None if ctx.unit_gradient else state.grad_weight
+        ctx.save_for_backward(state.grad_hidden, returned)
+        return state.loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        hidden, weight, targets, log_normaliser = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=log_normaliser.dtype)
-        for rows in _chunks(hidden.shape[0], ctx.chunk_size):
-            logits = _local_logits(hidden[rows], weight, ctx.valid, log_normaliser.dtype)
-            grad = logits.sub_(log_normaliser[rows, None]).exp_()
-            index, owned = _local_index(targets[rows], ctx.first, weight.shape[0])
-            grad.scatter_add_(1, index[:, None], -owned.to(grad.dtype)[:, None])
-            grad *= grad_loss[rows, None]
-            grad_hidden[rows] = grad.to(weight.dtype) @ weight
-            grad_weight += (grad.to(hidden.dtype).t() @ hidden[rows]).to(grad_weight.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if ctx.unit_gradient:
+            torch._assert_async(grad_loss == 1, "linear_cross_entropy with main_grad needs the gradient of a plain sum")
+            return grad_hidden, None, None
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), (grad_weight * grad_loss).to(ctx.weight_dtype), None
 
 
-def _chunks(rows: int, size: int):
-    return (slice(start, start + size) for start in range(0, rows, size))
+class _State:
+    """Buffers and sums of one call."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, task: _Task):
+        self.hidden, self.weight, self.task = hidden, weight, task
+        self.dtype = torch.promote_types(hidden.dtype, torch.float32)
+        self.loss = torch.zeros((), dtype=self.dtype, device=hidden.device)
+        self.grad_hidden = self.grad_weight = None
+        if task.with_gradients:
+            self.grad_hidden = torch.empty_like(hidden)
+            self.grad_weight = task.main_grad
+            if self.grad_weight is None:
+                self.grad_weight = torch.zeros_like(weight, dtype=self.dtype)
+        processes = 1 if task.group is None else dist.get_world_size(task.group)
+        first = 0 if task.group is None else dist.get_rank(task.group) * len(weight)
+        self.valid = min(task.vocab_size - first, len(weight))
+        local = task.targets - first
+        self.targets = torch.where((local >= 0) & (local < len(weight)), local, -1)
+        rows = min(task.chunk_size, len(hidden))
+        self.buffers = [hidden.new_empty(rows, len(weight)) for _ in range(1 if processes == 1 else 2)]
+        self.processes = processes
+
+    def start(self, number: int, rows: slice) -> _Chunk:
+        """Make the logits and begin to gather their statistics."""
+        logits = self.buffers[number % len(self.buffers)][: rows.stop - rows.start]
+        torch.mm(self.hidden[rows], self.weight.t(), out=logits)
+        stats = cross_entropy_stats(logits, self.targets[rows], self.valid)
+        if self.task.group is None:
+            return _Chunk(rows, logits, stats[None], None)
+        gathered = stats.new_empty(self.processes * len(stats), stats.shape[1])
+        handle = dist.all_gather_into_tensor(gathered, stats, group=self.task.group, async_op=True)
+        return _Chunk(rows, logits, gathered.view(self.processes, *stats.shape), handle)
+
+    def finish(self, chunk: _Chunk) -> None:
+        """Add the chunk's loss, and its gradients."""
+        task, rows = self.task, chunk.rows
+        if chunk.handle is not None:
+            chunk.handle.wait()
+        top, exponentials, target, total = chunk.stats.unbind(-1)
+        largest = top.amax(dim=0)
+        log_normaliser = largest + (exponentials * (top - largest).exp()).sum(dim=0).log()
+        other_weight = task.label_smoothing / task.vocab_size
+        target_weight = 1 - task.label_smoothing
+        losses = log_normaliser - target_weight * target.sum(dim=0)
+        if task.label_smoothing:
+            losses -= other_weight * total.sum(dim=0)
+        row_weight = None if task.row_weight is None else task.row_weight[rows].to(self.dtype)
+        self.loss += (losses if row_weight is None else losses * row_weight).sum()
+        if not task.with_gradients:
+            return
+        grad = chunk.logits
+        cross_entropy_grad_(grad, self.targets[rows], log_normaliser, self.valid, target_weight, other_weight)
+        if row_weight is not None:
+            grad *= row_weight[:, None].to(grad.dtype)
+        torch.mm(grad, self.weight, out=self.grad_hidden[rows])
+        _add_product(self.grad_weight, grad, self.hidden[rows])
 
 
-def _local_logits(hidden: Tensor, weight: Tensor, valid: int, dtype: torch.dtype) -> Tensor:
-    logits = (hidden @ weight.t()).to(dtype)
-    if valid < weight.shape[0]:
-        logits[:, max(valid, 0) :] = float("-inf")
-    return logits
-
-
-def _local_index(targets: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
-    local = targets - first
-    owned = (local >= 0) & (local < size)
-    return local.clamp(0, size - 1), owned
-
-
-def _all_reduce(tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp) -> None:
-    if group is not None and dist.get_world_size(group) > 1:
-        dist.all_reduce(tensor, op=op, group=group)
+def _add_product(total: Tensor, grad: Tensor, rows: Tensor) -> None:
+    """total += grad^T @ rows, in total's dtype."""
+    if total.dtype == grad.dtype:
+        total.addmm_(grad.t(), rows)
+    elif total.is_cuda:
+        torch.addmm(total, grad.t(), rows, out_dtype=total.dtype, out=total)
+    else:
+        total += grad.t() @ rows  # no mixed-precision product on CPU: each chunk's part is rounded once

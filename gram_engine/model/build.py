@@ -14,11 +14,14 @@ import yaml
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gram_engine.config import Config
 from gram_engine.errors import ConfigError
+from gram_engine.model.label_rows import DeferredRMSNorm, label_row_layer_spec
+from gram_engine.model.layers import RMSNorm, local_layer_spec
 from gram_engine.model.reward_model import RewardModel
 from gram_engine.platform import Platform
 
@@ -69,6 +72,8 @@ def transformer_config(config: Config, platform: Platform) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_size,
+        num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
         sequence_parallel=parallel.sequence_parallel,
         # Interleaved stages: neighbours are the same process at PP 2, so batched messages could be mixed up.
         overlap_p2p_comm=config.virtual_pipeline_size is not None,
@@ -110,25 +115,26 @@ def build_model(config: Config, platform: Platform) -> list[RewardModel]:
     The weights depend on the seed alone, not on the layout: the same run at another TP or PP starts from the same model.
     """
     core = transformer_config(config, platform)
-    if uses_transformer_engine(config, platform):
-        from megatron.core.extensions.transformer_engine import TENorm as norm
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec as layer_spec
-    else:
-        from gram_engine.model.layers import RMSNorm as norm
-        from gram_engine.model.layers import local_layer_spec as layer_spec
+    layer_spec, norm = _layers_and_norm(config, platform)
+    borrows = config.label_rows_only and core.pipeline_model_parallel_size > 1
+    tied = not config.model.untie_embeddings_and_output_weights
     chunks = []
     virtual_size = config.virtual_pipeline_size
     for stage in range(virtual_size or 1):
         vp_stage = stage if virtual_size else None
-        layers = get_num_layers_to_build(core, vp_stage=vp_stage)
+        is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        specs = [layer_spec] * get_num_layers_to_build(core, vp_stage=vp_stage)
+        if is_last and config.prunes_last_layer:
+            specs[-1] = label_row_layer_spec()
         chunk = RewardModel(
             config=core,
-            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer_spec()] * layers, layer_norm=norm),
+            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm),
             vocab_size=config.padded_vocab_size,
             max_sequence_length=config.data.seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-            share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
+            post_process=is_last,
+            share_embeddings_and_output_weights=tied,
+            borrows_label_rows=tied and borrows,
             position_embedding_type="rope",
             rotary_base=config.model.rotary_base,
             rope_scaling=config.model.rope_scaling_factor is not None,
@@ -138,6 +144,16 @@ def build_model(config: Config, platform: Platform) -> list[RewardModel]:
         initialise_weights(chunk, config)
         chunks.append(chunk.to(platform.device))
     return chunks
+
+
+def _layers_and_norm(config: Config, platform: Platform) -> tuple[ModuleSpec, type]:
+    """Specification of a layer, and the final norm's class."""
+    if uses_transformer_engine(config, platform):
+        from megatron.core.extensions.transformer_engine import TENorm as norm
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec as layer_spec
+    else:
+        norm, layer_spec = RMSNorm, local_layer_spec
+    return layer_spec(), DeferredRMSNorm if config.label_rows_only else norm
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -34,9 +35,10 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention within each sequence of a pack, by torch's scaled_dot_product_attention.
+    """Attention within each sequence of a pack, by torch's scaled_dot_product_attention.
 
-    query [tokens, heads, dim], key and value [tokens, groups, dim] (thd) -> [tokens, heads * dim], dtype of the query.
+    query [queries, heads, dim], key and value [tokens, groups, dim] (thd) -> [queries, heads * dim], dtype of the query.
+    Causal, with as many queries as keys; or attn_mask_type=no_mask, with any number of queries that see the whole sequence.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, **_):
@@ -49,13 +51,16 @@ class PackedAttention(MegatronModule):
         value: Tensor,
         attention_mask: Tensor | None,
         packed_seq_params: PackedSeqParams,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
         **_,
     ) -> Tensor:
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
-        outputs = []
-        for start, end in zip(bounds, bounds[1:]):
-            q, k, v = (part[start:end].transpose(0, 1).unsqueeze(0) for part in (query, key, value))
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        causal = attn_mask_type != AttnMaskType.no_mask
+        queries, keys = packed_seq_params.cu_seqlens_q.tolist(), packed_seq_params.cu_seqlens_kv.tolist()
+        outputs = [query[:0]]
+        for start, end, first, last in zip(queries, queries[1:], keys, keys[1:]):
+            q = query[start:end].transpose(0, 1).unsqueeze(0)
+            k, v = (part[first:last].transpose(0, 1).unsqueeze(0) for part in (key, value))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
             outputs.append(out.squeeze(0).transpose(0, 1))
         return torch.cat(outputs).flatten(1)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Callable, Optional
 
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
+from torch.nn import Module
 
 OutputProcessor = Callable[..., Any]
 
@@ -18,11 +21,25 @@ class RewardModel(GPTModel):
     tensor-parallel process's rows of the output weight [padded vocabulary / TP, hidden]; what it returns is what the
     model returns.  Full [tokens, vocabulary] logits never exist.  Without a hook it behaves as GPTModel.
 
+    Built for the two-token loss (model/build.py) the hidden states are the label rows [labels, 1, hidden], and not yet
+    normed; with `borrows_label_rows` the last stage has no output weight (None).
+
     megatron-core 0.18 has this hook as arguments of GPTModel.forward with the same names.  Checkpoint keys are GPTModel's.
+
+    Args:
+        borrows_label_rows: tied embeddings on a pipeline, of which the objective needs the label tokens' rows only: it gets
+            them from the first stage (objectives/label_head.py), and the last stage keeps no copy of the embedding.
     """
 
     _output_processor: Optional[OutputProcessor] = None
     _output_processor_context: Any = None
+
+    def __init__(self, *args, share_embeddings_and_output_weights: bool, borrows_label_rows: bool = False, **kwargs):
+        share = share_embeddings_and_output_weights and not borrows_label_rows
+        super().__init__(*args, share_embeddings_and_output_weights=share, **kwargs)
+        self.borrows_label_rows = borrows_label_rows
+        if borrows_label_rows and self.post_process:
+            self.output_layer.weight = None
 
     def forward(
         self,
@@ -39,12 +56,33 @@ class RewardModel(GPTModel):
         finally:
             self._output_processor = self._output_processor_context = None
 
+    def output_weight(self) -> Optional[Tensor]:
+        """The output layer's weight on the last stage (the embedding's where they are tied on one stage), or None."""
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Optional[dict] = None):
+        """GPTModel's; the borrowed rows belong to the first stage's embedding."""
+        if self.borrows_label_rows and self.post_process:
+            metadata = ensure_metadata_has_dp_cp_group(metadata)
+            state = super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, metadata)
+            state.pop(f"{prefix}output_layer._extra_state", None)
+            return state
+        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs):
         if self._output_processor is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, **kwargs)
-        tied = self.share_embeddings_and_output_weights
+        # The output layer is never called; DDP waits in its modules' pre-hooks for parameters that are being gathered.
+        for hook in self.output_layer._forward_pre_hooks.values():
+            hook(self.output_layer, ())
         return self._output_processor(
-            hidden_states=hidden_states,
-            output_weight=self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
-            context=self._output_processor_context,
+            hidden_states=hidden_states, output_weight=self.output_weight(), context=self._output_processor_context
         )
+
+
+def unwrap(chunk: Module) -> RewardModel:
+    """The model inside DDP and precision wrappers."""
+    while not isinstance(chunk, RewardModel):
+        chunk = chunk.module
+    return chunk

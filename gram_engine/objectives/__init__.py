@@ -6,7 +6,9 @@ import torch.distributed as dist
 
 from gram_engine.config import Config
 from gram_engine.objectives.base import Objective, ObjectiveOutput
+from gram_engine.objectives.full_vocabulary import FullVocabularyPreference
 from gram_engine.objectives.pair_preference import PairPreference
+from gram_engine.objectives.plain import PlainPairPreference, PlainResponseLM
 from gram_engine.objectives.response_lm import ResponseLM
 
 __all__ = ["Objective", "ObjectiveOutput", "build_objective"]
@@ -14,7 +16,14 @@ __all__ = ["Objective", "ObjectiveOutput", "build_objective"]
 
 def build_objective(config: Config, label_ids: tuple[int, int] | None, tp_group: dist.ProcessGroup) -> Objective:
     """The objective of this run; label_ids come from the data's manifest (None for stage 1)."""
+    model, training = config.model, config.training
     shared = dict(tp_group=tp_group, sequence_parallel=config.parallel.sequence_parallel)
-    if config.training.objective == "response-lm":
-        return ResponseLM(vocab_size=config.model.vocab_size, chunk_size=config.training.logits_chunk_size, **shared)
-    return PairPreference(label_ids=label_ids, label_smoothing=config.training.label_smoothing, **shared)
+    vocabulary = dict(vocab_size=model.vocab_size, chunk_size=training.logits_chunk_size)
+    labels = dict(label_ids=label_ids, label_smoothing=training.label_smoothing)
+    if training.objective == "response-lm":
+        return (ResponseLM if training.fused_losses else PlainResponseLM)(**vocabulary, **shared)
+    if training.label_softmax == "full-vocabulary":
+        return FullVocabularyPreference(pruned=config.prunes_last_layer, **labels, **vocabulary, **shared)
+    if not training.fused_losses:
+        return PlainPairPreference(**labels, **shared)
+    return PairPreference(norm_eps=model.norm_epsilon, pruned=config.prunes_last_layer, **labels, **shared)

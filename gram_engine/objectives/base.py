@@ -8,8 +8,8 @@ over all labels of the global batch, however it is cut into packs, ranks and sta
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -33,20 +33,78 @@ class ObjectiveOutput:
     """[samples] detached fp32: Z_A - Z_B of each sample of the pack, for objectives that rank."""
 
 
-class Objective(Protocol):
-    """Called as the model's output_processor; see RewardModel."""
+class Objective:
+    """Called as the model's output_processor (see RewardModel), between start_pass and finish_gradients."""
 
     stat_names: tuple[str, ...]
+    parts_over_tp = False
+    """Whether tensor-parallel processes hold parts of loss, stats and margins (else each holds the whole)."""
 
-    def __call__(self, hidden_states: Tensor, output_weight: Tensor, context: PackedBatch) -> ObjectiveOutput: ...
+    def __call__(self, hidden_states: Tensor, output_weight: Tensor | None, context: PackedBatch) -> ObjectiveOutput:
+        raise NotImplementedError
+
+    def start_pass(self, model: list) -> None:
+        """Before each pass of the schedule, on every process; `model` are its chunks."""
+
+    def finish_gradients(self, num_labels: Tensor) -> None:
+        """After gradients were summed over processes and divided by `num_labels`, the step's total; on every process."""
 
     def metrics(self, stats: dict[str, float]) -> dict[str, float]:
         """Figures to report from the summed statistics of a step; `loss` is always among them."""
-        ...
+        raise NotImplementedError
+
+
+class LanguageModelObjective(Objective):
+    """Statistics of stage 1."""
+
+    stat_names = ("loss_sum", "tokens")
+
+    def output(self, loss_sum: Tensor, context: PackedBatch) -> ObjectiveOutput:
+        """The micro-batch's result."""
+        count = torch.tensor(len(context.rows), dtype=torch.int32, device=loss_sum.device)
+        return ObjectiveOutput(loss_sum, count, stack_stats(loss_sum, count))
+
+    def metrics(self, stats: dict[str, float]) -> dict[str, float]:
+        loss = stats["loss_sum"] / max(stats["tokens"], 1)
+        return {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
+
+
+class PreferenceObjective(Objective):
+    """Statistics of stage 2."""
+
+    stat_names = ("loss_sum", "labels", "decided", "correct", "margin_sum", "prefers_a")
+
+    def output(
+        self, loss_sum: Tensor, margins: Tensor, context: PackedBatch, here: Tensor | None = None
+    ) -> ObjectiveOutput:
+        """The micro-batch's result; `here` [samples] tells the samples whose rows this process holds (None: all)."""
+        count = torch.tensor(len(context.rows), dtype=torch.int32, device=loss_sum.device)
+        sign = 2 * context.preference - 1
+        if here is None:
+            here = torch.ones_like(sign, dtype=torch.bool)
+        towards_winner = margins.detach() * sign
+        stats = stack_stats(
+            loss_sum,
+            here.sum(),
+            ((sign != 0) & here).sum(),
+            (towards_winner > 0).sum(),
+            towards_winner.sum(),
+            (margins > 0).sum(),
+        )
+        return ObjectiveOutput(loss_sum, count, stats, margins.detach())
+
+    def metrics(self, stats: dict[str, float]) -> dict[str, float]:
+        labels, decided = max(stats["labels"], 1), max(stats["decided"], 1)
+        return {
+            "loss": stats["loss_sum"] / labels,
+            "accuracy": stats["correct"] / decided,
+            "margin": stats["margin_sum"] / decided,
+            "prefers_a": stats["prefers_a"] / labels,
+        }
 
 
 def gather_rows(hidden_states: Tensor, rows: Tensor, tp_group: dist.ProcessGroup, sequence_parallel: bool) -> Tensor:
-    """Rows of a pack on every tensor-parallel process. [tokens (/ TP), 1, hidden], [rows] -> [rows, hidden].
+    """A few rows of a pack on every tensor-parallel process. [tokens (/ TP), 1, hidden], [rows] -> [rows, hidden].
 
     Under sequence parallelism each process adds the rows it holds.  The backward pass hands each process the gradient
     of its own rows as it arrives, so the caller's gradient must be whole (not a vocabulary shard's part).
@@ -54,10 +112,22 @@ def gather_rows(hidden_states: Tensor, rows: Tensor, tp_group: dist.ProcessGroup
     hidden = hidden_states.squeeze(1)
     if not sequence_parallel:
         return hidden[rows]
-    local = rows - dist.get_rank(tp_group) * hidden.shape[0]
-    owned = (local >= 0) & (local < hidden.shape[0])
-    held = hidden[local.clamp(0, hidden.shape[0] - 1)] * owned.to(hidden.dtype)[:, None]
+    local = local_rows(rows, hidden, tp_group)
+    held = hidden[local.clamp(min=0)] * (local >= 0).to(hidden.dtype)[:, None]
     return reduce_from_tensor_model_parallel_region(held, group=tp_group)
+
+
+def local_rows(rows: Tensor, hidden: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
+    """Positions in a pack -> positions in this process's slice `hidden` [tokens / TP, hidden], -1 outside."""
+    local = rows - dist.get_rank(tp_group) * len(hidden)
+    return torch.where((local >= 0) & (local < len(hidden)), local, -1)
+
+
+def local_label_rows(weight: Tensor, label_ids: tuple[int, int], tp_group: dist.ProcessGroup) -> Tensor:
+    """The label tokens' rows [2, hidden] of a vocabulary-parallel weight; zeros where another process holds a row."""
+    first = dist.get_rank(tp_group) * len(weight)
+    held = [weight[token - first] if 0 <= token - first < len(weight) else weight[0] * 0 for token in label_ids]
+    return torch.stack(held)
 
 
 def stack_stats(*values: Tensor) -> Tensor:

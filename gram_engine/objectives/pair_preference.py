@@ -2,64 +2,57 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
 from gram_engine.data.loader import PackedBatch
 from gram_engine.kernels import pair_loss
-from gram_engine.objectives.base import ObjectiveOutput, gather_rows, stack_stats
+from gram_engine.objectives.base import ObjectiveOutput, PreferenceObjective, local_rows
+from gram_engine.objectives.label_head import LabelHead
 
 
-class PairPreference:
-    """Two-token label-smoothed loss at each sample's label row.
+class PairPreference(PreferenceObjective):
+    """Two-token label-smoothed loss at each sample's label row, fused with the final norm; no communication of its own.
 
     `label_smoothing` is the paper's eps, the weight of the wrong label.  torch's cross entropy with
     label_smoothing = 2 eps over the two tokens is the same loss.  Ties (preference 1/2) train towards 1/2.
+
+    Args:
+        pruned: the model returns the label rows alone (model/label_rows.py), whole on every tensor-parallel process.
+        norm_eps: epsilon of the final norm, which the model leaves to this objective.
     """
 
-    stat_names = ("loss_sum", "labels", "decided", "correct", "margin_sum", "prefers_a")
-
     def __init__(
-        self, *, label_ids: tuple[int, int], label_smoothing: float, tp_group: dist.ProcessGroup, sequence_parallel: bool
+        self,
+        *,
+        label_ids: tuple[int, int],
+        label_smoothing: float,
+        norm_eps: float,
+        pruned: bool,
+        tp_group: dist.ProcessGroup,
+        sequence_parallel: bool,
     ):
-        self.label_ids = label_ids
         self.label_smoothing = label_smoothing
+        self.norm_eps = norm_eps
+        self.pruned = pruned
         self.tp_group = tp_group
-        self.sequence_parallel = sequence_parallel
+        self.parts_over_tp = sequence_parallel and not pruned
+        self.head = LabelHead(label_ids, sum_over_tp=self.parts_over_tp)
 
-    def __call__(self, hidden_states: Tensor, output_weight: Tensor, context: PackedBatch) -> ObjectiveOutput:
-        rows = gather_rows(hidden_states, context.rows, self.tp_group, self.sequence_parallel)
-        row_a, row_b = self._label_rows(output_weight)
-        preference = context.preference
-        target_b = self.label_smoothing + (1 - 2 * self.label_smoothing) * (1 - preference)
-        losses, margins = pair_loss(rows, row_a, row_b, target_b)
-        loss_sum = (losses * context.weight).sum()
-        count = torch.tensor(len(context.rows), dtype=torch.int32, device=loss_sum.device)
-        return ObjectiveOutput(loss_sum, count, self._stats(loss_sum, count, margins, preference), margins.detach())
+    def start_pass(self, model: list) -> None:
+        self.head.start_pass(model)
 
-    def _label_rows(self, output_weight: Tensor) -> Tensor:
-        """The two label tokens' rows [2, hidden] on every tensor-parallel process; gradients reach the owner only."""
-        first = dist.get_rank(self.tp_group) * output_weight.shape[0]
-        local = torch.tensor(self.label_ids, device=output_weight.device) - first
-        owned = (local >= 0) & (local < output_weight.shape[0])
-        held = output_weight[local.clamp(0, output_weight.shape[0] - 1)] * owned.to(output_weight.dtype)[:, None]
-        return reduce_from_tensor_model_parallel_region(held, group=self.tp_group)
+    def finish_gradients(self, num_labels: Tensor) -> None:
+        self.head.finish_gradients(num_labels)
 
-    def _stats(self, loss_sum: Tensor, count: Tensor, margins: Tensor, preference: Tensor) -> Tensor:
-        sign = 2 * preference - 1
-        towards_winner = margins * sign
-        correct = (towards_winner > 0).sum()
-        return stack_stats(
-            loss_sum, count, (sign != 0).sum(), correct, towards_winner.sum(), (margins > 0).sum()
+    def __call__(self, hidden_states: Tensor, output_weight: Tensor | None, context: PackedBatch) -> ObjectiveOutput:
+        hidden = hidden_states.squeeze(1)
+        rows = None if self.pruned else context.rows
+        if self.parts_over_tp:
+            rows = local_rows(context.rows, hidden, self.tp_group)
+        losses, margins = pair_loss(
+            hidden, self.head.direction(), context.preference, self.label_smoothing, self.norm_eps, rows
         )
-
-    def metrics(self, stats: dict[str, float]) -> dict[str, float]:
-        labels, decided = max(stats["labels"], 1), max(stats["decided"], 1)
-        return {
-            "loss": stats["loss_sum"] / labels,
-            "accuracy": stats["correct"] / decided,
-            "margin": stats["margin_sum"] / decided,
-            "prefers_a": stats["prefers_a"] / labels,
-        }
+        loss_sum = (losses * context.weight).sum()
+        self.head.direct.announce_in_backward_of(loss_sum)
+        return self.output(loss_sum, margins, context, here=rows >= 0 if self.parts_over_tp else None)

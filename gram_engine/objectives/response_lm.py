@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
 from gram_engine.data.loader import PackedBatch
 from gram_engine.kernels import linear_cross_entropy
-from gram_engine.objectives.base import ObjectiveOutput, gather_rows, stack_stats
+from gram_engine.model.reward_model import unwrap
+from gram_engine.objectives.base import LanguageModelObjective, ObjectiveOutput
+from gram_engine.objectives.direct_gradients import DirectGradients
 
 
-class ResponseLM:
+class ResponseLM(LanguageModelObjective):
     """Mean cross entropy of the response tokens; which tokens carry loss (both responses, or one: GRAM-v3, GRAM-v4)
-    is decided by the loader, which lists them in the batch's `rows` and `targets`.
+    is decided by the loader, which lists them in the batch's `rows` and `targets`.  Only these rows meet the output layer.
     """
-
-    stat_names = ("loss_sum", "tokens")
 
     def __init__(self, *, vocab_size: int, chunk_size: int, tp_group: dist.ProcessGroup, sequence_parallel: bool):
         self.vocab_size = vocab_size
@@ -27,17 +24,31 @@ class ResponseLM:
         self.tp_group = tp_group
         self.sequence_parallel = sequence_parallel
 
-    def __call__(self, hidden_states: Tensor, output_weight: Tensor, context: PackedBatch) -> ObjectiveOutput:
-        rows = gather_rows(hidden_states, context.rows, self.tp_group, self.sequence_parallel)
-        # Each vocabulary shard yields its part of the rows' gradient: add the parts.
-        rows = copy_to_tensor_model_parallel_region(rows, group=self.tp_group)
-        losses = linear_cross_entropy(
-            rows, output_weight, context.targets, self.vocab_size, self.chunk_size, self.tp_group
-        )
-        loss_sum = losses.sum()
-        count = torch.tensor(len(context.rows), dtype=torch.int32, device=loss_sum.device)
-        return ObjectiveOutput(loss_sum, count, stack_stats(loss_sum, count))
+    def start_pass(self, model: list) -> None:
+        self.direct = output_gradients(model)
 
-    def metrics(self, stats: dict[str, float]) -> dict[str, float]:
-        loss = stats["loss_sum"] / max(stats["tokens"], 1)
-        return {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
+    def __call__(self, hidden_states: Tensor, output_weight: Tensor, context: PackedBatch) -> ObjectiveOutput:
+        # Each vocabulary shard yields its part of the rows' gradient; both regions add the parts in the backward pass.
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
+        loss_sum = linear_cross_entropy(
+            hidden.squeeze(1)[context.rows],
+            output_weight,
+            context.targets,
+            self.vocab_size,
+            chunk_size=self.chunk_size,
+            group=self.tp_group,
+            main_grad=output_weight.main_grad,
+        )
+        self.direct.announce_in_backward_of(loss_sum)
+        return self.output(loss_sum, context)
+
+
+def output_gradients(model: list) -> DirectGradients:
+    """For losses that write the gradient of the whole output weight: announces it, where autograd does not reach it."""
+    last = unwrap(model[-1])
+    if not last.post_process or (last.pre_process and last.share_embeddings_and_output_weights):
+        return DirectGradients(model[-1], [])
+    return DirectGradients(model[-1], [last.output_weight()])

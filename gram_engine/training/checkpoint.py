@@ -34,6 +34,7 @@ from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import CheckpointError
 from gram_engine.fileio import write_atomically
+from gram_engine.model.reward_model import unwrap
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_CONFIG, DATA_MANIFEST, TEMPLATE, TOKENIZER = "run_config.yaml", "data_manifest.json", "template.yaml", "tokenizer"
@@ -218,19 +219,12 @@ def _read(path: Path, sharded_state: dict) -> dict:
         raise CheckpointError(f"{path}: cannot be loaded: {error}") from error
 
 
-def _bare(chunk):
-    """The RewardModel inside DDP and Float16Module."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
-
-
 def _model_key(model: list, index: int) -> str:
     return "model" if len(model) == 1 else f"model{index}"
 
 
 def _sharded_model(model: list) -> dict:
-    return {_model_key(model, index): _bare(chunk).sharded_state_dict() for index, chunk in enumerate(model)}
+    return {_model_key(model, index): unwrap(chunk).sharded_state_dict() for index, chunk in enumerate(model)}
 
 
 def _sharded_state(model: list, optimizer, scheduler, state: TrainState, loading: bool = False) -> dict:
@@ -245,4 +239,4 @@ def _sharded_state(model: list, optimizer, scheduler, state: TrainState, loading
 
 def _load_model(model: list, state: dict) -> None:
     for index, chunk in enumerate(model):
-        _bare(chunk).load_state_dict(state[_model_key(model, index)])
+        unwrap(chunk).load_state_dict(state[_model_key(model, index)])

@@ -36,6 +36,6 @@ def evaluate(
     metrics = objective.metrics(totals)
     if "correct" in objective.stat_names:
         samples = dataset.samples
-        margins = sum_over_processes(margins).cpu().numpy()
+        margins = sum_over_processes(margins, objective).cpu().numpy()
         metrics.update(pair_metrics(samples["pair"], samples["order"], margins, samples["preference"]))
     return metrics

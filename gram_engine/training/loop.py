@@ -42,7 +42,7 @@ class Trainer:
         self.model = self._model()
         self.optimizer = build_optimizer(self.model, config)
         self.scheduler = build_scheduler(self.optimizer, config, self.train_samples)
-        connect_schedule(self.model, self.optimizer, config)
+        connect_schedule(self.model, self.optimizer, self.objective, config)
         self.saver = CheckpointSaver(config, self.dataset.manifest)
         self.state = self._resume()
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
+from torch import Tensor
 from torch.nn import Module
 
 from gram_engine.config import Config
+from gram_engine.objectives import Objective
 
 
 def wrap_ddp(chunks: list[Module], config: Config) -> list[DistributedDataParallel]:
@@ -69,16 +73,24 @@ def build_scheduler(optimizer: MegatronOptimizer, config: Config, train_samples:
     )
 
 
-def connect_schedule(model: list[DistributedDataParallel], optimizer: MegatronOptimizer, config: Config) -> None:
+def connect_schedule(
+    model: list[DistributedDataParallel], optimizer: MegatronOptimizer, objective: Objective, config: Config
+) -> None:
     """Tell megatron-core's schedule how gradients and parameters are synchronised (fields of the model's config)."""
     core = model[0].config
     core.grad_scale_func = optimizer.scale_loss
-    core.finalize_model_grads_func = finalize_model_grads
+    core.finalize_model_grads_func = partial(_finalize_gradients, objective)
     if config.parallel.overlap_grad_reduce:
         core.no_sync_func = _each_or_one([chunk.no_sync for chunk in model])
         core.grad_sync_func = _each_or_one([chunk.start_grad_sync for chunk in model]) if len(model) > 1 else None
     if config.parallel.overlap_param_gather and len(model) > 1:
         core.param_sync_func = [chunk.start_param_sync for chunk in model]
+
+
+def _finalize_gradients(objective: Objective, model: list, num_labels: Tensor, **groups) -> None:
+    """megatron-core's, which also turns num_labels into the step's total, then the objective's own gradients."""
+    finalize_model_grads(model, num_labels, **groups)
+    objective.finish_gradients(num_labels)
 
 
 def _each_or_one(functions: list):

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from gram_engine.data.loader import GlobalBatch, PackedBatch
+from gram_engine.model.label_rows import LabelledSequences
 from gram_engine.objectives import Objective, ObjectiveOutput
+from gram_engine.objectives.base import PreferenceObjective
 
 
 @dataclass
@@ -29,6 +30,7 @@ def run_schedule(
     model: list, batch: GlobalBatch, objective: Objective, device: torch.device, forward_only: bool = False
 ) -> list[MicrobatchResult]:
     """Forward (and backward) over this process's micro-batches. Returns one result each on the last stage, else []."""
+    objective.start_pass(model)
     microbatches = batch.microbatches
     longest = max(len(microbatch.tokens) for microbatch in microbatches)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
@@ -71,18 +73,20 @@ def _batches_on(device: torch.device, microbatches: list[PackedBatch]) -> Iterat
 
 def _forward_step(data_iterator: Iterator[PackedBatch], model, objective: Objective):
     batch = next(data_iterator)
-    packed = PackedSeqParams(
+    sequences = LabelledSequences(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
     )
+    if isinstance(objective, PreferenceObjective):
+        sequences.label_rows, sequences.label_positions = batch.rows, batch.position_ids[batch.rows]
     output = model(
         batch.tokens.unsqueeze(0),
         batch.position_ids.unsqueeze(0),
         None,
-        packed_seq_params=packed,
+        packed_seq_params=sequences,
         output_processor=objective,
         output_processor_context=batch,
     )
@@ -95,14 +99,10 @@ def _loss(batch: PackedBatch, output: ObjectiveOutput):
     return output.loss_sum, output.count, MicrobatchResult(batch.sample_ids, kept)
 
 
-def reports_here() -> bool:
-    """True in one process of each tensor-parallel group of the last stage: there results count once."""
-    return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
-
-
-def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """Sum of `values` over the processes for which `reports_here` holds, on every process."""
-    if not reports_here():
+def sum_over_processes(values: torch.Tensor, objective: Objective) -> torch.Tensor:
+    """Sum of the last stage's `values` over the processes that hold different parts of them, on every process."""
+    whole_elsewhere = not objective.parts_over_tp and parallel_state.get_tensor_model_parallel_rank() > 0
+    if whole_elsewhere or not parallel_state.is_pipeline_last_stage():
         values = torch.zeros_like(values)
     dist.all_reduce(values)
     return values
@@ -113,4 +113,4 @@ def summed_stats(results: list[MicrobatchResult], objective: Objective, device: 
     total = torch.zeros(len(objective.stat_names), dtype=torch.float64, device=device)
     for result in results:
         total += result.output.stats
-    return dict(zip(objective.stat_names, sum_over_processes(total).tolist()))
+    return dict(zip(objective.stat_names, sum_over_processes(total, objective).tolist()))

@@ -1,0 +1,75 @@
+"""Stage 2 with softmax and label smoothing over the whole vocabulary (paper, Table 5: "vanilla"), at the label rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from torch import Tensor
+
+from gram_engine.data.loader import PackedBatch
+from gram_engine.kernels import linear_cross_entropy
+from gram_engine.objectives.base import ObjectiveOutput, PreferenceObjective, gather_rows, local_label_rows
+from gram_engine.objectives.response_lm import output_gradients
+
+
+class FullVocabularyPreference(PreferenceObjective):
+    """Cross entropy of the label token among all tokens, `label_smoothing` spread evenly over the vocabulary.
+
+    Here label_smoothing is torch's; a tie trains on both labels with half the weight each.  Right at any tensor-parallel
+    size (megatron-core's own label smoothing is not).
+
+    Args:
+        pruned: the model returns the label rows alone (model/label_rows.py).
+    """
+
+    def __init__(
+        self,
+        *,
+        label_ids: tuple[int, int],
+        label_smoothing: float,
+        vocab_size: int,
+        chunk_size: int,
+        pruned: bool,
+        tp_group: dist.ProcessGroup,
+        sequence_parallel: bool,
+    ):
+        self.label_ids = label_ids
+        self.label_smoothing = label_smoothing
+        self.vocab_size = vocab_size
+        self.chunk_size = chunk_size
+        self.pruned = pruned
+        self.tp_group = tp_group
+        self.sequence_parallel = sequence_parallel
+
+    def start_pass(self, model: list) -> None:
+        self.direct = output_gradients(model)
+
+    def __call__(self, hidden_states: Tensor, output_weight: Tensor, context: PackedBatch) -> ObjectiveOutput:
+        if self.pruned:
+            rows = hidden_states.squeeze(1)
+        else:
+            rows = gather_rows(hidden_states, context.rows, self.tp_group, self.sequence_parallel)
+        twice = copy_to_tensor_model_parallel_region(rows, group=self.tp_group).repeat(2, 1)
+        targets = torch.tensor(self.label_ids, device=rows.device).repeat_interleave(len(rows))
+        weights = torch.cat([context.preference, 1 - context.preference]) * context.weight.repeat(2)
+        loss_sum = linear_cross_entropy(
+            twice,
+            output_weight,
+            targets,
+            self.vocab_size,
+            chunk_size=self.chunk_size,
+            label_smoothing=self.label_smoothing,
+            row_weight=weights,
+            group=self.tp_group,
+            main_grad=output_weight.main_grad,
+        )
+        self.direct.announce_in_backward_of(loss_sum)
+        return self.output(loss_sum, self._margins(rows.detach(), output_weight.detach()), context)
+
+    def _margins(self, rows: Tensor, output_weight: Tensor) -> Tensor:
+        """Z_A - Z_B, [labels] fp32."""
+        row_a, row_b = local_label_rows(output_weight, self.label_ids, self.tp_group).float()
+        margins = rows.float() @ (row_a - row_b)
+        dist.all_reduce(margins, group=self.tp_group)
+        return margins
