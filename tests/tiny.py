@@ -42,3 +42,55 @@ def train_steps(trainer, steps: int) -> list[tuple[float, float]]:
         trainer.state.consumed_samples += batch.num_samples
         curve.append((trainer.objective.metrics(stats)["loss"], grad_norm))
     return curve
+
+
+def float64_gradients(prefix: str, tokenizer_model: str, flags: str, microbatches_without_labels: bool = False) -> dict:
+    """Every parameter's gradient of one global batch, in float64, by name; under TP or PP what this rank holds."""
+    from unittest import mock
+
+    import torch
+
+    from gram_engine.training import loop, optimizer
+    from gram_engine.training.step import run_schedule, summed_stats
+
+    build, ddp_config = loop.build_model, optimizer.DistributedDataParallelConfig
+
+    def build_double(*args):
+        chunks = [chunk.double() for chunk in build(*args)]
+        chunks[0].config.params_dtype = chunks[0].config.pipeline_dtype = torch.float64
+        return chunks
+
+    def double_ddp_config(**fields):
+        return ddp_config(**{**fields, "grad_reduce_in_fp32": False})
+
+    with mock.patch.object(loop, "build_model", build_double), mock.patch.object(
+        optimizer, "DistributedDataParallelConfig", double_ddp_config
+    ):
+        trainer = tiny_trainer(tiny_config(prefix, tokenizer_model, flags))
+    batch = trainer.loader.batch(0)
+    if microbatches_without_labels:
+        batch.microbatches = [labelless(batch.microbatches[0]), *batch.microbatches, labelless(batch.microbatches[0])]
+    for _ in range(2):  # under overlap the first step only counts hooks
+        for chunk in trainer.model:
+            chunk.zero_grad_buffer()
+        results = run_schedule(trainer.model, batch, trainer.objective, trainer.platform.device)
+    gradients = {
+        f"{index}.{name}": parameter.main_grad.clone()
+        for index, chunk in enumerate(trainer.model)
+        for name, parameter in chunk.module.named_parameters()
+    }
+    assert all(gradient.dtype == torch.float64 for gradient in gradients.values())
+    loss_sum = summed_stats(results, trainer.objective, trainer.platform.device)["loss_sum"]
+    return {"loss": loss_sum, "gradients": {name: gradient.numpy() for name, gradient in gradients.items()}}
+
+
+def labelless(batch):
+    """The same tokens as one unlabelled sequence."""
+    from dataclasses import replace
+
+    import torch
+
+    empty = {name: getattr(batch, name)[:0] for name in ("rows", "targets", "sample_ids", "preference", "weight", "margin")}
+    size = len(batch.tokens)
+    bounds = torch.tensor([0, size], dtype=torch.int32)
+    return replace(batch, cu_seqlens=bounds, max_seqlen=size, position_ids=torch.arange(size), **empty)

@@ -91,7 +91,7 @@ class LabelRowLayer(TransformerLayer):
         attended = attention.core_attention(
             query, key, value, None, attn_mask_type=AttnMaskType.no_mask, packed_seq_params=sequences.of_labels()
         )
-        part = F.linear(attended.reshape(len(rows), 1, -1), attention.linear_proj.weight)
+        part = F.linear(attended.flatten(1).unsqueeze(1), attention.linear_proj.weight)
         if self.sequence_parallel:
             hidden = reduce_from_tensor_model_parallel_region(part + self._held(hidden_states, rows), group=self.tp_group)
         else:

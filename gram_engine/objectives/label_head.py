@@ -58,7 +58,8 @@ class LabelHead:
         """Add the step's gradients, divided by num_labels, to main_grad of the norm weight and of the two rows."""
         row = None
         if self.last.post_process:
-            total = self._sum_over_processes() / num_labels.clamp(min=1)
+            # The same factor, rounded in the same way, as megatron-core's for all other gradients.
+            total = self._sum_over_processes() * (1.0 / num_labels.clamp(min=1))
             norm = self._norm_weight()
             norm.main_grad += self._difference * total
             row = norm.to(total.dtype) * total

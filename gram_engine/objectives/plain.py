@@ -32,7 +32,7 @@ class PlainPairPreference(PreferenceObjective):
         rows = gather_rows(hidden_states, context.rows, self.tp_group, self.sequence_parallel)
         held = local_label_rows(output_weight, self.label_ids, self.tp_group)
         row_a, row_b = reduce_from_tensor_model_parallel_region(held, group=self.tp_group)
-        target_b = self.label_smoothing + (1 - 2 * self.label_smoothing) * (1 - context.preference)
+        target_b = self.label_smoothing + (1 - 2 * self.label_smoothing) * (1 - context.preference.double())
         losses, margins = two_token_loss(rows, row_a, row_b, target_b)
         return self.output((losses * context.weight).sum(), margins, context)
 
