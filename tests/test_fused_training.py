@@ -1,4 +1,4 @@
-"""Training with the fused losses equals training with the plain ones: 200 steps, loss curves within 1e-6, at several layouts."""
+"""Training with the fused losses equals training with the plain ones: 200 steps, curves within 1e-6, at several layouts."""
 
 import pytest
 

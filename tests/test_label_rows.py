@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.tiny import float64_gradients
+from tests.tiny import add_packs_without_labels, float64_gradients
 
 SMALL = "--num-layers 2 --global-batch-size 6 --objective pair-preference --label-smoothing 0.07"
 VARIANTS = {
@@ -39,10 +39,15 @@ def compare(found, wanted, tolerance=1e-12):
     assert max(differences.values()) < tolerance, differences
 
 
-def gradients(pool, data, layout, flags, **options):
+def gradients(pool, data, layout, flags, change=None):
     processes, parallel = LAYOUTS[layout]
     arguments = (data["stage2"], data["tokenizer"], f"{SMALL} {parallel} {flags}")
-    return pool.run(float64_gradients, processes, *arguments, *options.values())
+    return pool.run(float64_gradients, processes, *arguments, change)
+
+
+def labels_far_apart(trainer, _batch):
+    """Label tokens on the first and the last shard of the vocabulary."""
+    getattr(trainer.objective, "head", trainer.objective).label_ids = (3, trainer.config.model.vocab_size - 2)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -67,7 +72,19 @@ def test_the_two_rows_gradients_are_opposite_and_all_others_zero(variant, pool, 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2-sp", "pp2"])
 def test_micro_batches_without_labels_change_nothing(layout, pool, tiny_data):
-    with_empty = gradients(pool, tiny_data, layout, VARIANTS["fused-pruned"], microbatches_without_labels=True)
+    with_empty = gradients(pool, tiny_data, layout, VARIANTS["fused-pruned"], add_packs_without_labels)
     without = gradients(pool, tiny_data, layout, VARIANTS["fused-pruned"])
     for found, wanted in zip(with_empty, without, strict=True):
         compare(found, wanted)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("layout", ["tp2", "tp2-sp", "tp2-sp-pp2"])
+def test_label_rows_on_different_shards(layout, tied, pool, tiny_data):
+    tying = f"--untie-embeddings-and-output-weights {not tied}"
+    runs = {
+        name: gradients(pool, tiny_data, layout, f"{tying} {flags}", labels_far_apart) for name, flags in VARIANTS.items()
+    }
+    for name in ("fused-pruned", "fused"):
+        for found, wanted in zip(runs[name], runs["plain"], strict=True):
+            compare(found, wanted)

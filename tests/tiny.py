@@ -44,8 +44,11 @@ def train_steps(trainer, steps: int) -> list[tuple[float, float]]:
     return curve
 
 
-def float64_gradients(prefix: str, tokenizer_model: str, flags: str, microbatches_without_labels: bool = False) -> dict:
-    """Every parameter's gradient of one global batch, in float64, by name; under TP or PP what this rank holds."""
+def float64_gradients(prefix: str, tokenizer_model: str, flags: str, change=None) -> dict:
+    """Every parameter's gradient of one global batch, in float64, by name; under TP or PP what this rank holds.
+
+    `change(trainer, batch)` may alter either before the pass.
+    """
     from unittest import mock
 
     import torch
@@ -68,8 +71,8 @@ def float64_gradients(prefix: str, tokenizer_model: str, flags: str, microbatche
     ):
         trainer = tiny_trainer(tiny_config(prefix, tokenizer_model, flags))
     batch = trainer.loader.batch(0)
-    if microbatches_without_labels:
-        batch.microbatches = [labelless(batch.microbatches[0]), *batch.microbatches, labelless(batch.microbatches[0])]
+    if change is not None:
+        change(trainer, batch)
     for _ in range(2):  # under overlap the first step only counts hooks
         for chunk in trainer.model:
             chunk.zero_grad_buffer()
@@ -82,6 +85,12 @@ def float64_gradients(prefix: str, tokenizer_model: str, flags: str, microbatche
     assert all(gradient.dtype == torch.float64 for gradient in gradients.values())
     loss_sum = summed_stats(results, trainer.objective, trainer.platform.device)["loss_sum"]
     return {"loss": loss_sum, "gradients": {name: gradient.numpy() for name, gradient in gradients.items()}}
+
+
+def add_packs_without_labels(_trainer, batch) -> None:
+    """Put a pack of one unlabelled sequence before and after the others."""
+    extra = labelless(batch.microbatches[0])
+    batch.microbatches = [extra, *batch.microbatches, extra]
 
 
 def labelless(batch):

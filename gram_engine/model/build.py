@@ -141,6 +141,9 @@ def build_model(config: Config, platform: Platform) -> list[RewardModel]:
             rope_scaling_factor=config.model.rope_scaling_factor or 1.0,
             vp_stage=vp_stage,
         )
+        if is_last and config.prunes_last_layer:
+            # Label rows are whole on every tensor-parallel process, and so is the gradient of their norm.
+            chunk.decoder.final_layernorm.weight.sequence_parallel = False
         initialise_weights(chunk, config)
         chunks.append(chunk.to(platform.device))
     return chunks
