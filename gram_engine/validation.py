@@ -89,8 +89,24 @@ def _check_parallel(config: Config):
         f"{processes} processes cannot form TP {tp} x PP {pp}: their number must be a multiple of {tp * pp}. "
         f"Start torchrun with --nproc-per-node {tp * pp} (or a multiple), or lower the sizes."
     )
-    yield layers % pp != 0, (
-        f"--pipeline-model-parallel-size {pp} does not divide --num-layers {layers}. Use a divisor of {layers}."
+    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
+    uneven = first is not None or last is not None
+    yield not uneven and layers % pp != 0, (
+        f"--pipeline-model-parallel-size {pp} does not divide --num-layers {layers}. Use a divisor of {layers}, or give the "
+        "last stage another number with --decoder-last-pipeline-num-layers."
+    )
+    yield uneven and pp < 2, (
+        "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers need --pipeline-model-parallel-size "
+        "of at least 2."
+    )
+    yield uneven and not _layers_fit(layers, pp, first, last), (
+        f"--num-layers {layers} cannot be spread over {pp} pipeline stages with "
+        f"--decoder-first-pipeline-num-layers {first} and --decoder-last-pipeline-num-layers {last}: what these leave must "
+        "divide evenly among the other stages, at least one layer each."
+    )
+    yield uneven and parallel.num_layers_per_virtual_pipeline_stage is not None, (
+        "--num-layers-per-virtual-pipeline-stage needs equal pipeline stages: leave out "
+        "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers."
     )
     chunk = parallel.num_layers_per_virtual_pipeline_stage
     if chunk is not None:
@@ -106,6 +122,14 @@ def _check_parallel(config: Config):
     yield parallel.overlap_param_gather and not parallel.overlap_grad_reduce, (
         "--overlap-param-gather works only together with --overlap-grad-reduce: add it."
     )
+
+
+def _layers_fit(layers: int, stages: int, first: int | None, last: int | None) -> bool:
+    given = [count for count in (first, last) if count is not None]
+    rest, still_open = layers - sum(given), stages - len(given)
+    if min(given) < 1:
+        return False
+    return rest == 0 if still_open == 0 else rest >= still_open and rest % still_open == 0
 
 
 def _check_data(config: Config):
@@ -134,6 +158,9 @@ def _check_run(config: Config):
     )
     yield not 0 <= training.label_smoothing < 0.5, (
         f"--label-smoothing {training.label_smoothing} is the weight of the wrong label: it must be in [0, 0.5)."
+    )
+    yield training.label_softmax == "full-vocabulary" and not training.fused_losses, (
+        "--label-softmax full-vocabulary has no plain version: leave --no-fused-losses out."
     )
     yield min(training.micro_batch_size, training.global_batch_size) < 1, "Batch sizes must be at least 1."
     yield not 0 <= training.lr_warmup_fraction < 1, (

@@ -9,6 +9,7 @@ LAYOUTS = {
     "tp2": (2, "--tensor-model-parallel-size 2"),
     "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "pp2-uneven": (2, "--pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 4"),
     "pp3": (3, "--pipeline-model-parallel-size 3"),
     "pp2-vpp3": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
     "tp2-pp2-sp": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel"),

@@ -121,6 +121,11 @@ class PackedLoader:
         for start in range(0, len(self.dataset), self.global_batch_size):
             yield self._global_batch(np.arange(start, min(start + self.global_batch_size, len(self.dataset))))
 
+    def totals(self) -> tuple[int, int, int]:
+        """Tokens, predicting rows and sum of squared lengths of the whole data set."""
+        lengths = self.dataset.lengths.astype(np.int64)
+        return int(lengths.sum()), int(self._num_rows.sum()), int((lengths**2).sum())
+
     def _new_permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
 

@@ -1,8 +1,9 @@
 """Model FLOPs of a step, counted honestly for packed data.
 
 Per token and layer: 2 FLOPs per weight of the matrices.  Attention scores and values: causal, so half of the squared
-length of each SAMPLE (not of the pack).  Output layer: only for rows that run it (all response tokens in stage 1, two
-rows of the vocabulary at one position per sample in stage 2).  Backward = twice forward; recomputation is not counted.
+length of each SAMPLE (not of the pack).  The pruned last layer (model/label_rows.py): keys and values of every token, all
+else for label rows.  Output layer: only for rows that run it (all response tokens in stage 1; in stage 2 one position per
+sample, two rows of the vocabulary or all).  Backward = twice forward; recomputation is not counted.
 """
 
 from __future__ import annotations
@@ -13,12 +14,36 @@ from gram_engine.data.loader import GlobalBatch
 
 def step_flops(config: Config, batch: GlobalBatch) -> float:
     """Forward + backward FLOPs of one global batch over all processes."""
+    tokens, rows, squares = batch.num_tokens, batch.num_rows, batch.squared_lengths
+    layers = (config.model.num_layers - 1) * layer_flops(config, tokens, squares)
+    return 3.0 * (layers + last_layer_flops(config, tokens, rows, squares) + head_flops(config, rows))
+
+
+def layer_flops(config: Config, tokens: float, squared_lengths: float) -> float:
+    """Forward FLOPs of one whole layer."""
+    query, key_value, mlp = _widths(config)
+    attention = 2.0 * query * squared_lengths  # QK^T and PV, 2 FLOPs each, half of the square
+    return 2.0 * config.model.hidden_size * (2 * query + key_value + mlp) * tokens + attention
+
+
+def last_layer_flops(config: Config, tokens: float, rows: float, squared_lengths: float) -> float:
+    """Forward FLOPs of the last layer, `rows` of whose outputs are used."""
+    if not config.prunes_last_layer:
+        return layer_flops(config, tokens, squared_lengths)
+    query, key_value, mlp = _widths(config)
+    attention = 4.0 * query * tokens  # one query for every sample
+    return 2.0 * config.model.hidden_size * (key_value * tokens + (2 * query + mlp) * rows) + attention
+
+
+def head_flops(config: Config, rows: float) -> float:
+    """Forward FLOPs of the output layer."""
+    training = config.training
+    whole = training.objective == "response-lm" or training.label_softmax == "full-vocabulary"
+    return 2.0 * config.model.hidden_size * (config.model.vocab_size if whole else 2) * rows
+
+
+def _widths(config: Config) -> tuple[int, int, int]:
+    """Output columns of the query projection, of key and value, and of the MLP's three matrices."""
     model = config.model
     query = model.num_attention_heads * model.kv_channels
-    key_value = 2 * model.num_query_groups * model.kv_channels
-    weights = model.hidden_size * (2 * query + key_value + 3 * model.ffn_hidden_size)
-    matrices = 2.0 * weights * batch.num_tokens
-    attention = 2.0 * query * batch.squared_lengths  # QK^T and PV, 2 FLOPs each, half of the square
-    vocabulary = model.vocab_size if config.training.objective == "response-lm" else 2
-    head = 2.0 * model.hidden_size * vocabulary * batch.num_rows
-    return 3.0 * (model.num_layers * (matrices + attention) + head)
+    return query, 2 * model.num_query_groups * model.kv_channels, 3 * model.ffn_hidden_size

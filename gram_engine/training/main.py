@@ -50,6 +50,7 @@ def run(config: Config) -> dict[str, float]:
 
     from gram_engine.training.initialise import complete_vocabulary, prepare_data, start_model_parallel, start_processes
     from gram_engine.training.loop import Trainer
+    from gram_engine.training.pipeline_balance import Work, balance_report
     from gram_engine.training.reporting import log
 
     start_processes(config, platform)
@@ -59,6 +60,8 @@ def run(config: Config) -> dict[str, float]:
         complete_vocabulary(config, prepared)
         log(config.to_yaml())
         trainer = Trainer(config, platform, prepared)
+        if config.parallel.pipeline_model_parallel_size > 1:
+            log(balance_report(config, Work(*trainer.loader.totals())))
         log(f"{platform.describe()} | {len(trainer.dataset)} samples | {trainer.total_steps} steps")
         return trainer.train()
     finally:
