@@ -1,0 +1,117 @@
+"""Whole stage-2 training steps on one process, with plain and with fused losses: what the losses gain end to end."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Iterator
+
+import torch
+import torch.distributed as dist
+
+from gram_engine import platform as platforms
+from gram_engine.benchmarks.measure import Row, add_ratios, describe, measure
+from gram_engine.config import Config, parse
+from gram_engine.validation import resolve_shape
+
+LABEL_IDS = (32, 33)
+VARIANTS = {
+    "plain": ("--no-fused-losses",),
+    "fused, whole last layer": ("--no-prune-last-layer",),
+    "fused, pruned last layer": (),
+}
+
+
+@contextlib.contextmanager
+def single_process(device: torch.device) -> Iterator[None]:
+    """megatron-core's groups for a process on its own."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def step_rows(model: str, layers: int, tokens: int, samples: int, dtype: str, repeats: int, budget: float) -> list[Row]:
+    """Measure a training step (forward, backward, optimizer) of each variant on `samples` random samples.
+
+    Call within `single_process`.
+    """
+    rows = []
+    platform = platforms.initialise()
+    for name, flags in VARIANTS.items():
+        config = _config(model, layers, tokens // samples, samples, dtype, flags)
+        step = _make_step(config, platform, samples, tokens // samples)
+        seconds, done, peak = measure(step, platform.device, repeats, budget)
+        sizes = {"layers": config.model.num_layers, "hidden": config.model.hidden_size}
+        sizes |= {"vocabulary": config.padded_vocab_size, "tokens": tokens, "labels": samples}
+        note = f"[{tokens / seconds:,.0f} tokens/s]"
+        rows.append(
+            Row(f"stage 2 training step, {model}", name, sizes, dtype, describe(platform.device), seconds * 1e3, done, peak,
+                "plain", note=note)
+        )  # fmt: skip
+        del step
+    add_ratios(rows)
+    return rows
+
+
+def _config(model: str, layers: int, length: int, samples: int, dtype: str, flags: tuple[str, ...]) -> Config:
+    fixed = ["--objective", "pair-preference", "--model", model, "--num-layers", str(layers), "--seq-length", str(length)]
+    size = ["--global-batch-size", str(samples), "--micro-batch-size", str(samples), "--train-iters", "100"]
+    config = parse([*fixed, *size, *flags, *(["--bf16"] if dtype == "bfloat16" else [])])
+    resolve_shape(config)
+    if config.model.vocab_size is None:
+        config.model.vocab_size = 512
+    return config
+
+
+def _make_step(config: Config, platform: platforms.Platform, samples: int, length: int):
+    from megatron.core import parallel_state
+
+    from gram_engine.model.build import build_model
+    from gram_engine.objectives import build_objective
+    from gram_engine.training.optimizer import build_optimizer, build_scheduler, connect_schedule, wrap_ddp
+    from gram_engine.training.step import run_schedule
+
+    model = wrap_ddp(build_model(config, platform), config)
+    optimizer = build_optimizer(model, config)
+    build_scheduler(optimizer, config, 100 * samples)
+    objective = build_objective(config, LABEL_IDS, parallel_state.get_tensor_model_parallel_group())
+    connect_schedule(model, optimizer, objective, config)
+    batch = _random_batch(samples, length, config.model.vocab_size)
+
+    def step() -> None:
+        for chunk in model:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        run_schedule(model, batch, objective, platform.device)
+        optimizer.step()
+
+    return step
+
+
+def _random_batch(samples: int, length: int, vocabulary: int):
+    """One micro-batch of samples of equal length."""
+    from gram_engine.data.loader import GlobalBatch, PackedBatch
+
+    tokens = samples * length
+    generator = torch.Generator().manual_seed(0)
+    pack = PackedBatch(
+        tokens=torch.randint(0, vocabulary, (tokens,), generator=generator),
+        position_ids=torch.arange(length).repeat(samples),
+        cu_seqlens=torch.arange(samples + 1, dtype=torch.int32) * length,
+        max_seqlen=length,
+        rows=torch.arange(1, samples + 1) * length - 1,
+        targets=torch.empty(0, dtype=torch.int64),
+        sample_ids=torch.arange(samples),
+        preference=(torch.arange(samples) % 2).float(),
+        weight=torch.ones(samples),
+        margin=torch.zeros(samples),
+    )
+    return GlobalBatch([pack], samples, tokens, samples, samples * length**2)
