@@ -1,12 +1,17 @@
 """Fixtures that several test files share."""
 
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.pool import Pool
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
 
 TEMPLATE = str(Path(__file__).parents[1] / "examples" / "configs" / "quickstart-template.yaml")
 WORDS = "red blue green stone river cloud apple seven quiet bright table window garden music paper silver".split()

@@ -1,65 +1,249 @@
-"""The two-token loss against the paper's equations and torch's cross entropy, in float64."""
+"""The two-token loss: against the paper's equations in float64, for every implementation that runs here."""
+
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from gram_engine.kernels import pair_loss
+from gram_engine.kernels.plain import two_token_loss
+from tests.kernels import DEVICE, IMPLEMENTATIONS, NORM_EPS, draw, head_by_definition, use
 
 
-def rows(samples=50, hidden=16, scale=3.0):
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    return scale * draw(samples, hidden), draw(hidden), draw(hidden)
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request, monkeypatch):
+    use(request.param, monkeypatch)
+    return request.param
 
 
-@pytest.mark.parametrize("eps", [0.0, 0.05, 0.1, 0.3])
-@pytest.mark.parametrize("label", ["A", "B"])
-def test_equals_equations_6_7_and_8(eps, label):
-    hidden, row_a, row_b = rows()
-    z_a, z_b = hidden @ row_a, hidden @ row_b
-    log_p = F.log_softmax(torch.stack([z_a, z_b], dim=1), dim=1)
-    right, wrong = (0, 1) if label == "A" else (1, 0)
-    equation_6 = -(1 - eps) * log_p[:, right] - eps * log_p[:, wrong]
-    margin = z_a - z_b if label == "A" else z_b - z_a
-    equation_7_or_8 = -F.logsigmoid(margin) + eps * margin
-
-    target_b = torch.full((len(hidden),), eps if label == "A" else 1 - eps, dtype=torch.float64)
-    loss, found_margin = pair_loss(hidden, row_a, row_b, target_b)
-
-    assert loss.dtype == torch.float64
-    torch.testing.assert_close(loss, equation_6, rtol=0, atol=1e-12)
-    torch.testing.assert_close(loss, equation_7_or_8, rtol=0, atol=1e-12)
-    torch.testing.assert_close(found_margin, z_a - z_b, rtol=0, atol=1e-12)
+def problem(labels=7, hidden=64, tokens=None, dtype=torch.float64, scale=1.0):
+    """hidden rows, label rows' positions (None: all), norm weight, rows of A and B, preferences (1, 0, 1, 0, 1/2 ...)."""
+    x = draw(tokens or labels, hidden, scale=scale).to(dtype)
+    rows = None if tokens is None else torch.randperm(tokens, generator=torch.Generator().manual_seed(3))[:labels].to(DEVICE)
+    norm_weight = (1 + draw(hidden, seed=1, scale=0.1)).to(dtype)
+    row_a, row_b = draw(2, hidden, seed=2, scale=hidden**-0.5).to(dtype)
+    preference = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.5, 0.8, 1.0], device=DEVICE).repeat(labels // 7 + 1)[:labels]
+    return x, rows, norm_weight, row_a, row_b, preference
 
 
-@pytest.mark.parametrize("eps", [0.0, 0.05, 0.1])
-def test_equals_torch_cross_entropy_with_twice_eps(eps):
-    hidden, row_a, row_b = rows()
-    labels = torch.arange(len(hidden)) % 2
-    logits = torch.stack([hidden @ row_a, hidden @ row_b], dim=1)
-    expected = F.cross_entropy(logits, labels, label_smoothing=2 * eps, reduction="none")
-    target_b = torch.tensor([eps, 1 - eps], dtype=torch.float64)[labels]
-    loss, _ = pair_loss(hidden, row_a, row_b, target_b)
-    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+def direction_of(norm_weight, row_a, row_b):
+    dtype = torch.promote_types(row_a.dtype, torch.float32)
+    return norm_weight.to(dtype) * (row_a.to(dtype) - row_b.to(dtype))
 
 
-def test_tie_trains_towards_one_half():
-    hidden, row_a, row_b = rows()
-    half = torch.full((len(hidden),), 0.5, dtype=torch.float64)
-    loss, margin = pair_loss(hidden, row_a, row_b, half)
-    exchanged, _ = pair_loss(hidden, row_b, row_a, half)
-    torch.testing.assert_close(loss, exchanged, rtol=0, atol=1e-12)
-    assert (loss >= torch.log(torch.tensor(2.0))).all()
+def relative_error(found, wanted):
+    return ((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
 
 
-def test_gradients():
-    hidden, row_a, row_b = (tensor.requires_grad_() for tensor in rows(samples=5, hidden=4))
-    target_b = torch.tensor([0.1, 0.9, 0.5, 0.1, 0.9], dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda *args: pair_loss(*args, target_b)[0], (hidden, row_a, row_b))
+@pytest.mark.parametrize("norm_eps", [None, NORM_EPS])
+@pytest.mark.parametrize("eps", [0.0, 0.05, 0.49])
+@pytest.mark.parametrize("hidden", [64, 100, 3072])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_loss_and_all_gradients_equal_the_definition(implementation, dtype, hidden, eps, norm_eps):
+    x, rows, norm_weight, row_a, row_b, preference = problem(7, hidden, tokens=20, dtype=dtype)
+    exact = [tensor.double().requires_grad_() for tensor in (x, norm_weight, row_a, row_b)]
+    losses, margins = head_by_definition(exact[0][rows], *exact[1:], preference.double(), eps, norm_eps)
+    upstream = torch.linspace(0.5, 2, len(losses), dtype=torch.float64, device=DEVICE)
+    dx, d_norm, d_a, d_b = torch.autograd.grad((losses * upstream).sum(), exact, materialize_grads=True)
+
+    x.requires_grad_()
+    weight = norm_weight if norm_eps is not None else torch.ones_like(norm_weight)
+    direction = direction_of(weight, row_a, row_b).requires_grad_()
+    loss, margin = pair_loss(x, direction, preference, eps, norm_eps, rows)
+    grad_x, s = torch.autograd.grad((loss * upstream.to(loss.dtype)).sum(), (x, direction))
+
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    assert relative_error(loss, losses) < tolerance
+    assert relative_error(margin, margins) < tolerance
+    assert relative_error(grad_x, dx) < tolerance
+    assert relative_error(weight * s, d_a) < tolerance and relative_error(-weight * s, d_b) < tolerance
+    if norm_eps is not None:
+        assert relative_error((row_a - row_b) * s, d_norm) < tolerance
 
 
-def test_extreme_margins_stay_finite():
-    hidden = torch.tensor([[1e4], [-1e4]])
-    loss, _ = pair_loss(hidden, torch.ones(1), torch.zeros(1), torch.tensor([0.05, 0.05]))
-    torch.testing.assert_close(loss, torch.tensor([500.0, 9500.0]))
+@pytest.mark.parametrize("labels", [1, 2, 7, 32])
+@pytest.mark.parametrize("hidden", [100, 4096, 5120])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_errs_no_more_than_torch_does(implementation, dtype, hidden, labels):
+    x, _, norm_weight, row_a, row_b, preference = problem(labels, hidden, dtype=dtype)
+    exact = [tensor.double().requires_grad_() for tensor in (x, norm_weight, row_a, row_b)]
+    losses, _ = head_by_definition(*exact, preference.double(), 0.05, NORM_EPS)
+    truth = [losses, *torch.autograd.grad(losses.sum(), exact[:1])]
+
+    low = [tensor.clone().requires_grad_() for tensor in (x, norm_weight, row_a, row_b)]
+    theirs, _ = head_by_definition(*low, preference.to(dtype), 0.05, NORM_EPS)
+    torchs = [theirs, *torch.autograd.grad(theirs.sum(), low[:1])]
+
+    x.requires_grad_()
+    loss, _ = pair_loss(x, direction_of(norm_weight, row_a, row_b), preference, 0.05, NORM_EPS)
+    ours = [loss, *torch.autograd.grad(loss.sum(), x)]
+    for found, torch_found, wanted in zip(ours, torchs, truth):
+        error, torch_error = ((value.double() - wanted).abs().max() for value in (found, torch_found))
+        assert error <= 2 * torch_error + 1e-6
+
+
+def test_gradcheck_in_float64(implementation):
+    x, rows, norm_weight, row_a, row_b, preference = problem(4, 5, tokens=6)
+    rows[1] = -1
+    direction = direction_of(norm_weight, row_a, row_b).requires_grad_()
+    x.requires_grad_()
+    for norm_eps in (None, NORM_EPS):
+        assert torch.autograd.gradcheck(lambda *args, e=norm_eps: pair_loss(*args, preference, 0.1, e, rows), (x, direction))
+
+
+@pytest.mark.parametrize("margin", [0.0, 1e-8, 3.0, 80.0, 1e4])
+@pytest.mark.parametrize("eps", [0.0, 0.05, 0.49])
+def test_extreme_margins(implementation, eps, margin):
+    values = torch.tensor([margin, -margin], dtype=torch.float64, device=DEVICE)
+    x = values.float()[:, None].requires_grad_()
+    loss, found = pair_loss(x, torch.ones(1, device=DEVICE), torch.ones(2, device=DEVICE), eps)
+    expected = -F.logsigmoid(x.detach().double()[:, 0]) + eps * x.detach().double()[:, 0]
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=1e-12)
+    assert (found == x[:, 0]).all()
+    (slope,) = torch.autograd.grad(loss.sum(), x)
+    torch.testing.assert_close(slope[:, 0].double(), eps - torch.sigmoid(-x.detach().double()[:, 0]), rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_infinity_and_nan_propagate(implementation, value):
+    x = torch.tensor([[value, 1.0], [1.0, 1.0]], device=DEVICE)
+    loss, margin = pair_loss(x, torch.ones(2, device=DEVICE), torch.ones(2, device=DEVICE), 0.1)
+    assert not torch.isfinite(margin[0]) and not torch.isfinite(loss[0])
+    assert torch.isfinite(loss[1])
+
+
+def test_exchanging_a_and_b_mirrors_everything_bit_for_bit(implementation):
+    x, _, norm_weight, row_a, row_b, preference = problem(7, 100, dtype=torch.float32)
+    preference[5] = 0.75  # 1 - 0.75 is exact
+    results = []
+    for first, second, wanted in ((row_a, row_b, preference), (row_b, row_a, 1 - preference)):
+        leaf = x.clone().requires_grad_()
+        direction = direction_of(norm_weight, first, second).requires_grad_()
+        loss, margin = pair_loss(leaf, direction, wanted, 0.07, NORM_EPS)
+        results.append([loss, margin, *torch.autograd.grad(loss.sum(), (leaf, direction))])
+    (loss, margin, grad_x, s), (other_loss, other_margin, other_grad_x, other_s) = results
+    halves = preference == 0.5  # a tie has no side of its own: its slope is the other's up to rounding
+    assert (loss == other_loss)[~halves].all() and (margin == -other_margin).all()
+    assert (grad_x == other_grad_x)[~halves].all()
+    torch.testing.assert_close(grad_x, other_grad_x)
+    torch.testing.assert_close(s, -other_s)
+
+
+@pytest.mark.parametrize("eps", [0.05, 0.1])
+def test_minimum_is_the_entropy_of_eps_at_log_odds(implementation, eps):
+    best = math.log((1 - eps) / eps)
+    x = torch.linspace(-10, 10, 101, dtype=torch.float64, device=DEVICE)[:, None]
+    one = torch.ones(1, dtype=torch.float64, device=DEVICE)
+    entropy = -eps * math.log(eps) - (1 - eps) * math.log(1 - eps)
+    loss, _ = pair_loss(x, one, torch.ones(101, device=DEVICE), eps)
+    assert (loss >= entropy - 1e-6).all()
+    at_best = torch.full((1, 1), best, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    loss, _ = pair_loss(at_best, one, torch.ones(1, device=DEVICE), eps)
+    assert loss.item() == pytest.approx(entropy, abs=1e-6)
+    assert torch.autograd.grad(loss.sum(), at_best)[0].abs().item() < 1e-7
+
+
+def test_torch_label_smoothing_of_two_eps_is_the_same_loss(implementation):
+    x, _, _, row_a, row_b, _ = problem(6, 16, dtype=torch.float32)
+    labels = torch.arange(6, device=DEVICE) % 2
+    expected = F.cross_entropy(torch.stack([x @ row_a, x @ row_b], 1), labels, label_smoothing=0.1, reduction="none")
+    loss, _ = pair_loss(x, row_a - row_b, (labels == 0).float(), 0.05)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_minus_one_are_padding(implementation):
+    x, _, norm_weight, row_a, row_b, preference = problem(4, 100, dtype=torch.float32)
+    direction = direction_of(norm_weight, row_a, row_b)
+    results = []
+    for rows, wanted in (([0, -1, 3, -1, 1], [1.0, 0.0, 0.0, 1.0, 0.5]), ([0, 3, 1], [1.0, 0.0, 0.5])):
+        leaf, u = x.clone().requires_grad_(), direction.clone().requires_grad_()
+        arguments = (torch.tensor(wanted, device=DEVICE), 0.1, NORM_EPS, torch.tensor(rows, device=DEVICE))
+        loss, margin = pair_loss(leaf, u, *arguments)
+        results.append((loss, margin, *torch.autograd.grad(loss.sum(), (leaf, u))))
+    (loss, margin, grad, s), (plain_loss, plain_margin, plain_grad, plain_s) = results
+    assert (loss[[1, 3]] == 0).all() and (margin[[1, 3]] == 0).all()
+    assert (loss[[0, 2, 4]] == plain_loss).all() and (margin[[0, 2, 4]] == plain_margin).all()
+    assert (grad == plain_grad).all() and (grad[2] == 0).all()
+    torch.testing.assert_close(s, plain_s)
+
+
+def test_no_labels(implementation):
+    x = draw(5, 64).float().requires_grad_()
+    direction = draw(64, seed=1).float().requires_grad_()
+    empty = torch.empty(0, device=DEVICE)
+    loss, margin = pair_loss(x, direction, empty, 0.1, NORM_EPS, torch.empty(0, dtype=torch.int64, device=DEVICE))
+    assert loss.shape == margin.shape == (0,)
+    grads = torch.autograd.grad(loss.sum(), (x, direction))
+    assert all((grad == 0).all() for grad in grads)
+
+
+def test_first_and_last_row_and_rows_that_lie_apart(implementation):
+    wide = draw(9, 2, 100).float()
+    x, rows = wide[:, 1], torch.tensor([0, 8], device=DEVICE)
+    assert not x.is_contiguous()
+    direction, wanted = draw(100, seed=1).float(), torch.tensor([1.0, 0.0], device=DEVICE)
+    loss, margin = pair_loss(x, direction, wanted, 0.1, NORM_EPS, rows)
+    again, again_margin = pair_loss(x[rows].contiguous(), direction, wanted, 0.1, NORM_EPS)
+    assert (loss == again).all() and (margin == again_margin).all()
+
+
+def test_gradients_add_up_over_any_split_into_micro_batches(implementation):
+    x, _, norm_weight, row_a, row_b, preference = problem(32, 100)
+    sums = []
+    for pieces in (1, 4, 32):
+        direction = direction_of(norm_weight, row_a, row_b).requires_grad_()
+        for part, wanted in zip(x.chunk(pieces), preference.chunk(pieces)):
+            pair_loss(part, direction, wanted, 0.05, NORM_EPS)[0].sum().backward()
+        sums.append(direction.grad)
+    torch.testing.assert_close(sums[1], sums[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sums[2], sums[0], rtol=1e-12, atol=1e-12)
+
+
+def test_two_runs_are_bitwise_equal(implementation):
+    x, rows, norm_weight, row_a, row_b, preference = problem(7, 3072, tokens=20, dtype=torch.float32)
+    runs = []
+    for _ in range(2):
+        leaf, direction = x.clone().requires_grad_(), direction_of(norm_weight, row_a, row_b).requires_grad_()
+        loss, _ = pair_loss(leaf, direction, preference, 0.05, NORM_EPS, rows)
+        runs.append([loss, *torch.autograd.grad(loss.sum(), (leaf, direction))])
+    assert all(torch.equal(first, second) for first, second in zip(*runs))
+
+
+def test_implementations_agree(monkeypatch):
+    x, rows, norm_weight, row_a, row_b, preference = problem(7, 3072, tokens=20, dtype=torch.float32)
+    found = {}
+    for name in IMPLEMENTATIONS:
+        use(name, monkeypatch)
+        leaf, direction = x.clone().requires_grad_(), direction_of(norm_weight, row_a, row_b).requires_grad_()
+        loss, _ = pair_loss(leaf, direction, preference, 0.05, NORM_EPS, rows)
+        found[name] = [loss, *torch.autograd.grad(loss.sum(), (leaf, direction))]
+    for name in IMPLEMENTATIONS[1:]:
+        for one, other in zip(found[name], found["reference"]):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_plain_objectives_loss_is_the_same():
+    x, _, _, row_a, row_b, preference = problem(7, 16)
+    target_b = 0.1 + 0.8 * (1 - preference.double())
+    loss, margin = two_token_loss(x, row_a, row_b, target_b)
+    again, again_margin = pair_loss(x, row_a - row_b, preference.double(), 0.1)
+    torch.testing.assert_close(loss, again, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(margin, again_margin, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(direction=torch.ones(3)), r"direction \(3,\)"),
+        (dict(direction=torch.ones(4, dtype=torch.float64)), "direction is torch.float64; .* must be torch.float32"),
+        (dict(preference=torch.ones(2)), r"preference \(2,\) do not fit"),
+        (dict(label_smoothing=0.5), "label_smoothing 0.5 .* must be in"),
+        (dict(rows=torch.zeros(5, dtype=torch.int32)), "rows is torch.int32; it must be int64"),
+    ],
+    ids=["shape", "dtype", "labels", "eps", "rows"],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    arguments = dict(hidden=torch.ones(5, 4), direction=torch.ones(4), preference=torch.ones(5), label_smoothing=0.1)
+    with pytest.raises(ValueError, match=message):
+        pair_loss(**{**arguments, **change})

@@ -21,7 +21,7 @@ find_python() {
 }
 
 fingerprint() {
-    { cat requirements.txt requirements-dev.txt setup.py tools/make_venv.sh; pwd; } | sha256sum
+    { cat requirements.txt requirements-dev.txt setup.py tools/make_venv.sh csrc/*; pwd; command -v g++ nvcc || true; } | sha256sum
 }
 
 wanted=$(fingerprint)
@@ -37,6 +37,9 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 echo "Installing the requirements into $venv (some minutes on a slow line)"
 pip install --quiet -r requirements.txt -r requirements-dev.txt
-pip install --quiet --no-deps --no-build-isolation --editable .
+build_log=$(mktemp)
+GRAM_BUILD_LOG=$build_log pip install --quiet --no-deps --no-build-isolation --editable .
+grep '^gram_engine: ' "$build_log" || true
+rm -f "$build_log"
 printf '%s\n' "$wanted" >"$stamp"
 echo "$venv is ready ($("$venv/bin/python" -c 'import torch; print("torch", torch.__version__)'))"

@@ -1,0 +1,247 @@
+"""The kernels in Triton, for GPUs without a built CUDA library; signatures as in reference.py.
+
+Every load is converted to the type computed in at once (Triton's interpreter gets bf16 arithmetic wrong), sums run in a
+fixed order, and block sizes are fixed: the same result in every run.  With TRITON_INTERPRET=1 they run on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    raise ImportError("Triton needs a GPU (or TRITON_INTERPRET=1)")
+
+COLUMNS = 1024
+VOCABULARY = 4096
+OPTIONS = {} if os.environ.get("TRITON_INTERPRET") == "1" else {"enable_fp_fusion": True}
+
+
+@triton.jit
+def _log1p(e):
+    """log(1 + e) for e in [0, 1], accurate also for tiny e (Kahan): no libdevice, which the interpreter lacks."""
+    w = 1.0 + e
+    correction = tl.where(w == 1.0, 1.0, w - 1.0)
+    return tl.where(w == 1.0, e, tl.log(w) * (e / correction))
+
+
+@triton.jit
+def forward_kernel(
+    hidden, stride, rows, direction, preference, results, labels, size, label_smoothing, norm_eps,
+    has_rows: tl.constexpr, has_norm: tl.constexpr, dtype: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """One program a label. results: [4, labels] = loss, margin, rstd, slope."""
+    label = tl.program_id(0).to(tl.int64)
+    row = label
+    if has_rows:
+        row = tl.load(rows + label)
+    here = row >= 0
+    present = tl.where(here, size, 0)  # columns to read
+    squares = tl.zeros((block,), dtype)
+    products = tl.zeros((block,), dtype)
+    for start in range(0, size, block):
+        column = start + tl.arange(0, block)
+        mask = column < present
+        x = tl.load(hidden + row * stride + column, mask=mask, other=0.0).to(dtype)
+        u = tl.load(direction + column, mask=mask, other=0.0)
+        squares += x * x
+        products += x * u
+    rstd = tl.where(here, 1.0, 0.0).to(dtype)
+    if has_norm:
+        rstd = rstd / tl.sqrt(tl.sum(squares, 0) / size + norm_eps)
+    margin = rstd * tl.sum(products, 0)
+    wanted = tl.load(preference + label).to(dtype)
+    sign = tl.where(wanted >= 0.5, 1.0, -1.0).to(dtype)
+    certainty = tl.where(wanted >= 0.5, wanted, 1.0 - wanted)
+    eps = label_smoothing + (1.0 - 2.0 * label_smoothing) * (1.0 - certainty)
+    towards = sign * margin
+    e = tl.exp(-tl.abs(towards))
+    other = tl.where(towards >= 0.0, e, 1.0) / (1.0 + e)
+    loss = _log1p(e) + tl.where(towards < 0.0, -towards, 0.0) + eps * towards
+    tl.store(results + label, tl.where(here, loss, 0.0))
+    tl.store(results + labels + label, margin)
+    tl.store(results + 2 * labels + label, rstd)
+    tl.store(results + 3 * labels + label, tl.where(here, sign * (eps - other), 0.0))
+
+
+@triton.jit
+def backward_rows_kernel(
+    hidden, stride, rows, direction, margin, rstd, grad_margin, grad_rows, size,
+    has_rows: tl.constexpr, has_norm: tl.constexpr, dtype: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """One program a label: the gradient of its row."""
+    label = tl.program_id(0).to(tl.int64)
+    row = label
+    if has_rows:
+        row = tl.load(rows + label)
+    here = row >= 0
+    present = tl.where(here, size, 0)
+    r = tl.load(rstd + label)
+    along = tl.where(here, tl.load(grad_margin + label) * r, 0.0)
+    back = along * r * tl.load(margin + label) / size
+    for start in range(0, size, block):
+        column = start + tl.arange(0, block)
+        mask = column < size
+        grad = along * tl.load(direction + column, mask=mask, other=0.0)
+        if has_norm:
+            grad -= back * tl.load(hidden + row * stride + column, mask=column < present, other=0.0).to(dtype)
+        tl.store(grad_rows + label * size + column, grad, mask=mask)
+
+
+@triton.jit
+def backward_direction_kernel(
+    hidden, stride, rows, rstd, grad_margin, grad_direction, labels, size,
+    has_rows: tl.constexpr, dtype: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """One program a block of columns: the gradient of direction, label after label."""
+    column = tl.program_id(0) * block + tl.arange(0, block)
+    mask = column < size
+    total = tl.zeros((block,), dtype)
+    for number in range(0, labels):
+        label = tl.cast(number, tl.int64)
+        row = label
+        if has_rows:
+            row = tl.load(rows + label)
+        present = tl.where(row >= 0, size, 0)
+        along = tl.where(row >= 0, tl.load(grad_margin + label) * tl.load(rstd + label), 0.0)
+        total += along * tl.load(hidden + row * stride + column, mask=column < present, other=0.0).to(dtype)
+    tl.store(grad_direction + column, total, mask=mask)
+
+
+@triton.jit
+def stats_kernel(logits, stride, targets, results, valid, dtype: tl.constexpr, block: tl.constexpr):
+    """One program a row: largest, sum of exponentials (online, lane by lane), the target's logit, sum."""
+    row = tl.program_id(0).to(tl.int64)
+    largest = tl.full((block,), float("-inf"), dtype)
+    exponentials = tl.zeros((block,), dtype)
+    total = tl.zeros((block,), dtype)
+    for start in range(0, valid, block):
+        column = start + tl.arange(0, block)
+        mask = column < valid
+        z = tl.load(logits + row * stride + column, mask=mask, other=float("-inf")).to(dtype)
+        # Not tl.maximum, which drops NaN.
+        grown = tl.where((z > largest) | (z != z), z, largest)
+        # A lane that has seen nothing yet holds -inf: exp(-inf - -inf) would be NaN.
+        old = tl.where(largest == float("-inf"), 0.0, tl.exp(largest - grown))
+        new = tl.where(z == float("-inf"), 0.0, tl.exp(z - grown))
+        exponentials = exponentials * old + new
+        largest = grown
+        total += tl.where(mask, z, 0.0)
+    top = tl.max(largest, 0)
+    spread = tl.where(largest == float("-inf"), 0.0, tl.exp(largest - top))
+    target = tl.load(targets + row)
+    here = (target >= 0) & (target < valid)
+    tl.store(results + 4 * row, top)
+    tl.store(results + 4 * row + 1, tl.sum(exponentials * spread, 0))
+    tl.store(results + 4 * row + 2, tl.load(logits + row * stride + target, mask=here, other=0.0).to(dtype))
+    tl.store(results + 4 * row + 3, tl.sum(total, 0))
+
+
+@triton.jit
+def gradient_kernel(
+    logits, stride, targets, log_normaliser, columns, valid, target_weight, other_weight,
+    dtype: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """One program a block of a row: logits become their gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    at = logits + row * stride + column
+    z = tl.load(at, mask=column < valid, other=0.0).to(dtype)
+    grad = tl.exp(z - tl.load(log_normaliser + row)) - other_weight
+    grad = tl.where(column == tl.load(targets + row), grad - target_weight, grad)
+    tl.store(at, tl.where(column < valid, grad, 0.0), mask=column < columns)
+
+
+def pair_loss_forward(
+    hidden: Tensor,
+    rows: Tensor | None,
+    direction: Tensor,
+    preference: Tensor,
+    label_smoothing: float,
+    norm_eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, margin, rstd, slope), each [labels]."""
+    labels, size = len(preference), hidden.shape[1]
+    out = direction.new_empty(4, labels)
+    if labels:
+        hidden, rows, direction, preference = _dense(hidden, rows, direction, preference)
+        with _on_device(hidden):
+            forward_kernel[(labels,)](
+                hidden, hidden.stride(0), rows, direction, preference, out, labels, size, label_smoothing, norm_eps or 0.0,
+                has_rows=rows is not None, has_norm=norm_eps is not None, dtype=_dtype(direction),
+                block=_block(size), **OPTIONS,
+            )  # fmt: skip
+    return tuple(result.clone() for result in out)
+
+
+def pair_loss_backward(
+    hidden: Tensor,
+    rows: Tensor | None,
+    direction: Tensor,
+    margin: Tensor,
+    rstd: Tensor,
+    grad_margin: Tensor,
+    norm_eps: float | None,
+) -> tuple[Tensor, Tensor]:
+    """(gradient of the label rows [labels, hidden], gradient of `direction` [hidden])."""
+    labels, size = len(margin), hidden.shape[1]
+    grad_rows, grad_direction = hidden.new_empty(labels, size), torch.zeros_like(direction)
+    if labels:
+        hidden, rows, direction, margin, rstd, grad_margin = _dense(hidden, rows, direction, margin, rstd, grad_margin)
+        fixed = dict(has_rows=rows is not None, dtype=_dtype(direction), block=_block(size), **OPTIONS)
+        with _on_device(hidden):
+            backward_rows_kernel[(labels,)](
+                hidden, hidden.stride(0), rows, direction, margin, rstd, grad_margin, grad_rows, size,
+                has_norm=norm_eps is not None, **fixed,
+            )  # fmt: skip
+            backward_direction_kernel[(triton.cdiv(size, _block(size)),)](
+                hidden, hidden.stride(0), rows, rstd, grad_margin, grad_direction, labels, size, **fixed
+            )
+    return grad_rows, grad_direction
+
+
+def cross_entropy_stats(logits: Tensor, targets: Tensor, valid: int) -> Tensor:
+    """[rows, 4]: largest logit, sum of exp(logit - largest), the target's logit, sum of logits."""
+    out = logits.new_empty(len(logits), 4, dtype=torch.promote_types(logits.dtype, torch.float32))
+    if len(logits):
+        logits, targets = _dense(logits, targets)
+        with _on_device(logits):
+            stats_kernel[(len(logits),)](
+                logits, logits.stride(0), targets, out, max(valid, 0), dtype=_dtype(out), block=VOCABULARY, **OPTIONS
+            )
+    return out
+
+
+def cross_entropy_grad_(
+    logits: Tensor, targets: Tensor, log_normaliser: Tensor, valid: int, target_weight: float, other_weight: float
+) -> None:
+    """logits <- their gradient, in place; columns must lie next to each other."""
+    assert logits.stride(1) == 1, "in place, so no copy can be made"
+    rows, columns = logits.shape
+    if rows:
+        with _on_device(logits):
+            gradient_kernel[(rows, triton.cdiv(columns, VOCABULARY))](
+                logits, logits.stride(0), targets.contiguous(), log_normaliser.contiguous(), columns, max(valid, 0),
+                target_weight, other_weight, dtype=_dtype(log_normaliser), block=VOCABULARY, **OPTIONS,
+            )  # fmt: skip
+
+
+def _dense(matrix: Tensor, *vectors: Tensor | None) -> list[Tensor | None]:
+    matrix = matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    return [matrix, *(None if vector is None else vector.contiguous() for vector in vectors)]
+
+
+def _on_device(tensor: Tensor) -> torch.cuda.device:
+    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
+
+
+def _dtype(tensor: Tensor):
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
+
+
+def _block(size: int) -> int:
+    return min(COLUMNS, triton.next_power_of_2(size))
