@@ -71,8 +71,9 @@ def cross_entropy_grad_(
     logits: Tensor, targets: Tensor, log_normaliser: Tensor, valid: int, target_weight: float, other_weight: float
 ) -> None:
     """logits <- softmax - other_weight - target_weight at the target; 0 at padding columns. In place."""
+    valid = max(valid, 0)
     grad = (logits[:, :valid].to(log_normaliser.dtype) - log_normaliser[:, None]).exp_().sub_(other_weight)
     if valid > 0:
         grad.scatter_add_(1, targets.clamp(min=0)[:, None], (targets >= 0).to(grad.dtype)[:, None] * -target_weight)
-    logits[:, : max(valid, 0)] = grad
-    logits[:, max(valid, 0) :] = 0
+    logits[:, :valid] = grad
+    logits[:, valid:] = 0
