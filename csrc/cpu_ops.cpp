@@ -70,15 +70,14 @@ void dot_products(const T* x, const A* u, int64_t n, A* squares, A* products) {
   *products = gram::lanes_sum(product);
 }
 
-// norm_eps < 0: no norm.  out: [4, labels] = loss, margin, rstd, slope.
+// norm_eps < 0: no norm.
 void pair_loss_forward(
     const Tensor hidden, const std::optional<Tensor> rows, const Tensor direction, const Tensor preference,
-    double label_smoothing, double norm_eps, Tensor out) {
+    double label_smoothing, double norm_eps, Tensor loss_out, Tensor margin_out, Tensor rstd_out, Tensor slope_out) {
   const int64_t labels = preference.numel(), size = direction.numel(), stride = hidden.stride(0);
   dispatch(hidden.scalar_type(), [&](auto* element, auto zero) {
     using T = std::remove_pointer_t<decltype(element)>;
     using A = decltype(zero);
-    A* results = data<A>(out);
     for_rows(labels, size, [&](int64_t b) {
       A loss = 0, margin = 0, rstd = 0, slope = 0;
       if (const int64_t row = position(rows, b); row >= 0) {
@@ -90,10 +89,10 @@ void pair_loss_forward(
         loss = result.loss;
         slope = result.slope;
       }
-      results[b] = loss;
-      results[labels + b] = margin;
-      results[2 * labels + b] = rstd;
-      results[3 * labels + b] = slope;
+      data<A>(loss_out)[b] = loss;
+      data<A>(margin_out)[b] = margin;
+      data<A>(rstd_out)[b] = rstd;
+      data<A>(slope_out)[b] = slope;
     });
   });
 }
@@ -169,7 +168,7 @@ void cross_entropy_grad_(
 STABLE_TORCH_LIBRARY(gram_engine_cpu, m) {
   m.def(
       "pair_loss_forward(Tensor hidden, Tensor? rows, Tensor direction, Tensor preference, float label_smoothing, "
-      "float norm_eps, Tensor(a!) out) -> ()");
+      "float norm_eps, Tensor(a!) loss, Tensor(b!) margin, Tensor(c!) rstd, Tensor(d!) slope) -> ()");
   m.def(
       "pair_loss_backward(Tensor hidden, Tensor? rows, Tensor direction, Tensor margin, Tensor rstd, Tensor grad_margin, "
       "bool has_norm, Tensor(a!) grad_rows, Tensor(b!) grad_direction) -> ()");

@@ -61,12 +61,18 @@ __device__ __forceinline__ void block_sums(A& first, A& second) {
     }
 }
 
-// One block a label.  results: [4, labels] = loss, margin, rstd, slope.
+// What the forward pass writes, each [labels].
+template <typename A>
+struct Results {
+  A *loss, *margin, *rstd, *slope;
+};
+
+// One block a label.
 template <typename T, typename A>
 __global__ void __launch_bounds__(kThreads) forward_kernel(
     const T* __restrict__ hidden, int64_t stride, const int64_t* __restrict__ rows, const A* __restrict__ direction,
-    const A* __restrict__ preference, A label_smoothing, A norm_eps, int64_t size, A* __restrict__ results) {
-  const int64_t label = blockIdx.x, labels = gridDim.x;
+    const A* __restrict__ preference, A label_smoothing, A norm_eps, int64_t size, Results<A> results) {
+  const int64_t label = blockIdx.x;
   const int64_t row = rows ? rows[label] : label;
   A squares = 0, products = 0;
   if (row >= 0) {
@@ -86,10 +92,10 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
     margin = rstd * products;
     result = gram::pair_loss<A>(margin, preference[label], label_smoothing);
   }
-  results[label] = result.loss;
-  results[labels + label] = margin;
-  results[2 * labels + label] = rstd;
-  results[3 * labels + label] = result.slope;
+  results.loss[label] = result.loss;
+  results.margin[label] = margin;
+  results.rstd[label] = rstd;
+  results.slope[label] = result.slope;
 }
 
 // The first `labels` blocks write the gradient of one label row each; the others add up 256 columns of direction's gradient
@@ -122,10 +128,12 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
 template <typename T, typename A>
 int launch_forward(
     const void* hidden, int64_t stride, const int64_t* rows, const void* direction, const void* preference,
-    double label_smoothing, double norm_eps, int64_t labels, int64_t size, void* results, cudaStream_t stream) {
+    double label_smoothing, double norm_eps, int64_t labels, int64_t size, void* const (&out)[4], cudaStream_t stream) {
+  const Results<A> results{
+      static_cast<A*>(out[0]), static_cast<A*>(out[1]), static_cast<A*>(out[2]), static_cast<A*>(out[3])};
   forward_kernel<T, A><<<static_cast<unsigned>(labels), kThreads, 0, stream>>>(
       static_cast<const T*>(hidden), stride, rows, static_cast<const A*>(direction), static_cast<const A*>(preference),
-      static_cast<A>(label_smoothing), static_cast<A>(norm_eps), size, static_cast<A*>(results));
+      static_cast<A>(label_smoothing), static_cast<A>(norm_eps), size, results);
   return cudaGetLastError();
 }
 
@@ -147,9 +155,11 @@ int launch_backward(
 // labels >= 1.  norm_eps < 0: no norm.  rows may be null: label b is row b.
 extern "C" int gram_pair_loss_forward(
     int dtype, const void* hidden, int64_t stride, const int64_t* rows, const void* direction, const void* preference,
-    double label_smoothing, double norm_eps, int64_t labels, int64_t size, void* results, void* stream) {
+    double label_smoothing, double norm_eps, int64_t labels, int64_t size, void* loss, void* margin, void* rstd,
+    void* slope, void* stream) {
+  void* const out[4] = {loss, margin, rstd, slope};
   const auto launch = [&](auto* function) {
-    return function(hidden, stride, rows, direction, preference, label_smoothing, norm_eps, labels, size, results,
+    return function(hidden, stride, rows, direction, preference, label_smoothing, norm_eps, labels, size, out,
                     static_cast<cudaStream_t>(stream));
   };
   switch (dtype) {

@@ -14,7 +14,7 @@ def packed_logits(prefix, tokenizer, folder, lengths, tokens):
     """Logits [tokens, vocabulary] of two packed sequences by the engine's model, loaded from a Hugging Face folder."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    trainer = tiny_trainer(hf_run(prefix, tokenizer, folder))
+    trainer = tiny_trainer(hf_run(prefix, tokenizer, folder, "--no-fused-losses"))
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
     packed = PackedSeqParams(
         qkv_format="thd",
@@ -104,7 +104,7 @@ def test_tied_embedding_is_filled_on_first_and_last_stage(pool, tiny_data, tmp_p
     vocab_size = 545
     write_hf_model(tmp_path / "hf", vocab_size, True, "plain")
     wanted = load_file(tmp_path / "hf" / "model.safetensors")["model.embed_tokens.weight"]
-    flags = "--pipeline-model-parallel-size 2"
+    flags = "--pipeline-model-parallel-size 2 --no-fused-losses"
     run = (tiny_data["stage2"], tiny_data["tokenizer"], str(tmp_path / "hf"), flags)
     found = pool.run(embedding_copies, 2, *run)
     assert [len(copies) for copies in found] == [1, 1]

@@ -71,7 +71,7 @@ def test_cuda_library_without_a_gpu_returns_an_error_code():
     library.gram_cuda_error.restype = ctypes.c_char_p
     call, null = ctypes.c_int64, ctypes.c_void_p()
     code = library.gram_pair_loss_forward(
-        0, null, call(1), null, null, null, ctypes.c_double(0.1), ctypes.c_double(1e-5), call(1), call(1), null, null
+        0, null, call(1), null, null, null, ctypes.c_double(0.1), ctypes.c_double(1e-5), call(1), call(1), *[null] * 5
     )
     assert code != 0 and len(library.gram_cuda_error(code)) > 5
 
@@ -101,8 +101,8 @@ from gram_engine.kernels import triton_kernels as kernels
 CONSTANTS = {"has_rows": True, "has_norm": True, "dtype": kernels.tl.float32}
 BLOCKS = {"stats_kernel": kernels.VOCABULARY, "gradient_kernel": kernels.VOCABULARY}
 POINTERS = dict(hidden="*bf16", logits="*bf16", grad_rows="*bf16", rows="*i64", targets="*i64", direction="*fp32",
-                preference="*fp32", results="*fp32", margin="*fp32", rstd="*fp32", grad_margin="*fp32",
-                grad_direction="*fp32", log_normaliser="*fp32")
+                preference="*fp32", results="*fp32", losses="*fp32", margins="*fp32", rstds="*fp32", slopes="*fp32",
+                margin="*fp32", rstd="*fp32", grad_margin="*fp32", grad_direction="*fp32", log_normaliser="*fp32")
 FLOATS = {"label_smoothing", "norm_eps", "target_weight", "other_weight"}
 for name in [n for n in dir(kernels) if n.endswith("_kernel")]:
     kernel = getattr(kernels, name)

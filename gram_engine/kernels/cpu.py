@@ -24,13 +24,13 @@ def pair_loss_forward(
     norm_eps: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, margin, rstd, slope), each [labels]."""
-    out = direction.new_empty(4, len(preference))
+    results = tuple(torch.empty_like(preference) for _ in range(4))
     rows = None if rows is None else rows.contiguous()
     eps = -1.0 if norm_eps is None else norm_eps
     _ops.pair_loss_forward(
-        _dense_rows(hidden), rows, direction.contiguous(), preference.contiguous(), label_smoothing, eps, out
+        _dense_rows(hidden), rows, direction.contiguous(), preference.contiguous(), label_smoothing, eps, *results
     )
-    return tuple(result.clone() for result in out)
+    return results
 
 
 def pair_loss_backward(

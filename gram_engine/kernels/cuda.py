@@ -19,7 +19,7 @@ if torch.version.cuda is None:
 
 _library = ctypes.CDLL(str(LIBRARY))
 _library.gram_cuda_error.restype = ctypes.c_char_p
-_FORWARD = [c_int, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_double, c_double, c_int64, c_int64, c_void_p, c_void_p]
+_FORWARD = [c_int, c_void_p, c_int64, *[c_void_p] * 3, c_double, c_double, c_int64, c_int64, *[c_void_p] * 5]
 _BACKWARD = [c_int, c_void_p, c_int64, *[c_void_p] * 5, c_int, c_int64, c_int64, *[c_void_p] * 3]
 _library.gram_pair_loss_forward.argtypes = _FORWARD
 _library.gram_pair_loss_backward.argtypes = _BACKWARD
@@ -38,14 +38,14 @@ def pair_loss_forward(
     Raises:
         RuntimeError: CUDA refused the launch.
     """
-    out = direction.new_empty(4, len(preference))
-    if out.numel():
+    results = tuple(torch.empty_like(preference) for _ in range(4))
+    if len(preference):
         hidden, rows, direction, preference = _dense(hidden, rows, direction, preference)
         _call(
             "gram_pair_loss_forward", hidden, rows, direction, preference,
-            label_smoothing, -1.0 if norm_eps is None else norm_eps, len(preference), hidden.shape[1], out,
+            label_smoothing, -1.0 if norm_eps is None else norm_eps, len(preference), hidden.shape[1], *results,
         )  # fmt: skip
-    return tuple(result.clone() for result in out)
+    return results
 
 
 def pair_loss_backward(

@@ -31,7 +31,7 @@ def implementation(operation: str, device: torch.device) -> Callable:
     Raises:
         ConfigError: GRAM_KERNELS names an unknown implementation, or one that cannot run here.
     """
-    return _chosen(operation, device.type, os.environ.get("GRAM_KERNELS", "auto"))
+    return _chosen(operation, device.type, os.environ.get("GRAM_KERNELS") or "auto")
 
 
 def name_of(operation: str, device: torch.device) -> str:

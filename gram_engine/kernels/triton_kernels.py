@@ -31,10 +31,10 @@ def _log1p(e):
 
 @triton.jit
 def forward_kernel(
-    hidden, stride, rows, direction, preference, results, labels, size, label_smoothing, norm_eps,
+    hidden, stride, rows, direction, preference, losses, margins, rstds, slopes, size, label_smoothing, norm_eps,
     has_rows: tl.constexpr, has_norm: tl.constexpr, dtype: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """One program a label. results: [4, labels] = loss, margin, rstd, slope."""
+    """One program a label."""
     label = tl.program_id(0).to(tl.int64)
     row = label
     if has_rows:
@@ -62,10 +62,10 @@ def forward_kernel(
     e = tl.exp(-tl.abs(towards))
     other = tl.where(towards >= 0.0, e, 1.0) / (1.0 + e)
     loss = _log1p(e) + tl.where(towards < 0.0, -towards, 0.0) + eps * towards
-    tl.store(results + label, tl.where(here, loss, 0.0))
-    tl.store(results + labels + label, margin)
-    tl.store(results + 2 * labels + label, rstd)
-    tl.store(results + 3 * labels + label, tl.where(here, sign * (eps - other), 0.0))
+    tl.store(losses + label, tl.where(here, loss, 0.0))
+    tl.store(margins + label, margin)
+    tl.store(rstds + label, rstd)
+    tl.store(slopes + label, tl.where(here, sign * (eps - other), 0.0))
 
 
 @triton.jit
@@ -166,16 +166,16 @@ def pair_loss_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, margin, rstd, slope), each [labels]."""
     labels, size = len(preference), hidden.shape[1]
-    out = direction.new_empty(4, labels)
+    results = tuple(torch.empty_like(preference) for _ in range(4))
     if labels:
         hidden, rows, direction, preference = _dense(hidden, rows, direction, preference)
         with _on_device(hidden):
             forward_kernel[(labels,)](
-                hidden, hidden.stride(0), rows, direction, preference, out, labels, size, label_smoothing, norm_eps or 0.0,
+                hidden, hidden.stride(0), rows, direction, preference, *results, size, label_smoothing, norm_eps or 0.0,
                 has_rows=rows is not None, has_norm=norm_eps is not None, dtype=_dtype(direction),
                 block=_block(size), **OPTIONS,
             )  # fmt: skip
-    return tuple(result.clone() for result in out)
+    return results
 
 
 def pair_loss_backward(

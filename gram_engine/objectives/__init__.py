@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 
 from gram_engine.config import Config
+from gram_engine.kernels.dispatch import name_of
 from gram_engine.objectives.base import Objective, ObjectiveOutput
 from gram_engine.objectives.full_vocabulary import FullVocabularyPreference
 from gram_engine.objectives.pair_preference import PairPreference
 from gram_engine.objectives.plain import PlainPairPreference, PlainResponseLM
 from gram_engine.objectives.response_lm import ResponseLM
 
-__all__ = ["Objective", "ObjectiveOutput", "build_objective"]
+__all__ = ["Objective", "ObjectiveOutput", "build_objective", "describe_losses"]
+
+
+def describe_losses(config: Config, device: torch.device) -> str:
+    """One line for the log: which losses, by which kernels.
+
+    Raises:
+        ConfigError: GRAM_KERNELS names kernels that cannot run here.
+    """
+    if not config.training.fused_losses:
+        return "losses: plain PyTorch"
+    if not config.label_rows_only:
+        return f"losses: fused, cross entropy by {name_of('cross_entropy_grad_', device)}"
+    layer = "pruned" if config.prunes_last_layer else "whole"
+    return f"losses: fused, pair loss by {name_of('pair_loss_forward', device)}, last layer {layer}"
 
 
 def build_objective(config: Config, label_ids: tuple[int, int] | None, tp_group: dist.ProcessGroup) -> Objective:

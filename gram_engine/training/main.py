@@ -48,11 +48,13 @@ def run(config: Config) -> dict[str, float]:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
+    from gram_engine.objectives import describe_losses
     from gram_engine.training.initialise import complete_vocabulary, prepare_data, start_model_parallel, start_processes
     from gram_engine.training.loop import Trainer
     from gram_engine.training.pipeline_balance import Work, balance_report
     from gram_engine.training.reporting import log
 
+    losses = describe_losses(config, platform.device)
     start_processes(config, platform)
     try:
         start_model_parallel(config)
@@ -62,6 +64,7 @@ def run(config: Config) -> dict[str, float]:
         trainer = Trainer(config, platform, prepared)
         if config.parallel.pipeline_model_parallel_size > 1:
             log(balance_report(config, Work(*trainer.loader.totals())))
+        log(losses)
         log(f"{platform.describe()} | {len(trainer.dataset)} samples | {trainer.total_steps} steps")
         return trainer.train()
     finally:
