@@ -186,8 +186,8 @@ class TrainingConfig:
     """Recompute activations in the backward pass: whole layers, or attention only."""
     recompute_num_layers: int = 1
     """Full recompute: layers per recomputed block."""
-    logits_chunk_size: int = 1024
-    """Stage 1: rows whose logits exist at one time."""
+    logits_chunk_size: Optional[int] = None
+    """Stage 1: rows whose logits exist at one time; default: as many as fit in 128 MiB on a CPU, 1 GiB on a GPU."""
     seed: int = 1234
     """Seed of initialisation, pair order and shuffling."""
 

@@ -163,6 +163,8 @@ def _check_run(config: Config):
         "--label-softmax full-vocabulary has no plain version: leave --no-fused-losses out."
     )
     yield min(training.micro_batch_size, training.global_batch_size) < 1, "Batch sizes must be at least 1."
+    rows = training.logits_chunk_size
+    yield rows is not None and rows < 1, f"--logits-chunk-size {rows} must be at least 1. Leave it out for the default."
     yield not 0 <= training.lr_warmup_fraction < 1, (
         f"--lr-warmup-fraction {training.lr_warmup_fraction} must be in [0, 1)."
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gram_engine.benchmarks import losses
-from gram_engine.benchmarks.measure import MEMORY_FLOOR, PeakMemory, Row, add_ratios, table
+from gram_engine.benchmarks.measure import MEMORY_FLOOR, PeakMemory, Row, add_ratios, measure, table
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -21,7 +21,8 @@ def problem():
 
 
 def hidden_gradient(made, run):
-    losses._fresh(made, run)
+    made.clear_gradients()
+    run()
     return made.hidden.grad
 
 
@@ -66,6 +67,19 @@ def test_peak_memory_sees_what_lives_for_a_moment():
     if peak.bytes is None:
         pytest.skip("this system does not tell a process's peak memory")
     assert 60 << 20 < peak.bytes < 120 << 20
+
+
+def test_what_a_call_leaves_behind_counts_in_its_peak():
+    """As a gradient does; the call before it must not leave the same, freed on the way."""
+    kept = []
+
+    def leave() -> None:
+        kept[:] = [torch.ones(16 << 20)]
+
+    _, _, peak = measure(leave, CPU, repeats=1, budget_seconds=1.0, prepare=kept.clear)
+    if peak is None:
+        pytest.skip("this system does not tell a process's peak memory")
+    assert 60 << 20 < peak < 120 << 20
 
 
 def test_memory_below_the_floor_counts_as_the_floor():

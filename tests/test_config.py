@@ -54,6 +54,16 @@ def test_good_configuration_passes_and_fills_defaults(flags, monkeypatch):
         ("--eval-interval 5", 1, "--eval-interval needs --valid-data"),
         ("--data-path x", 1, "training data once"),
         ("--num-query-groups 3", 1, "not a multiple of --num-query-groups 3"),
+        ("--decoder-last-pipeline-num-layers 1", 1, "need --pipeline-model-parallel-size of at least 2"),
+        ("--pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 4", 2, "cannot be spread over 2 .* stages"),
+        ("--pipeline-model-parallel-size 3 --decoder-last-pipeline-num-layers 1", 3, "cannot be spread over 3 .* stages"),
+        (
+            "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1 --num-layers-per-virtual-pipeline-stage 1",
+            2,
+            "needs equal pipeline stages",
+        ),
+        ("--label-softmax full-vocabulary --no-fused-losses", 1, "leave --no-fused-losses out"),
+        ("--logits-chunk-size 0", 1, "must be at least 1. Leave it out"),
     ],
 )
 def test_wrong_combinations_are_refused_with_a_remedy(flags, extra, world_size, message, monkeypatch):

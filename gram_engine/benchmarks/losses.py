@@ -50,8 +50,8 @@ class Benchmark:
     """auto: CUDA where there is a GPU."""
     tokens: Optional[int] = None
     """Tokens instead of the shape's own."""
-    chunk_size: int = 1024
-    """Stage 1, ours: rows whose logits exist at one time (--logits-chunk-size)."""
+    chunk_size: Optional[int] = None
+    """Stage 1, ours: rows whose logits exist at one time, the trainer's --logits-chunk-size."""
     repeats: int = 5
     """Timed calls; the median counts."""
     budget_seconds: float = 60.0
@@ -70,15 +70,20 @@ class Benchmark:
 
 @dataclass
 class Problem:
-    """Random tensors of one shape; gradients are cleared before each call."""
+    """Random tensors of one shape."""
 
     hidden: Tensor
+    label_hidden: Tensor
     weight: Tensor
     norm_weight: Tensor
     targets: Tensor
     rows: Tensor
     preference: Tensor
     labels: tuple[int, int] = (32, 33)
+
+    def clear_gradients(self) -> None:
+        """To be called before each pass."""
+        self.hidden.grad = self.label_hidden.grad = self.weight.grad = self.norm_weight.grad = None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -119,7 +124,7 @@ def loss_rows(options: Benchmark, shape: str, stage: str, device: torch.device) 
     contestants = stage_1(problem, options.chunk_size) if stage == "1" else stage_2(problem)
     rows = []
     for name, run in contestants.items():
-        seconds, repeats, peak = measure(lambda run=run: _fresh(problem, run), device, options.repeats, options.budget_seconds)
+        seconds, repeats, peak = measure(run, device, options.repeats, options.budget_seconds, problem.clear_gradients)
         note = f"[{_kernel(stage, device)}]" if name.startswith("gram_engine") else ""
         sizes = {"vocabulary": vocabulary, "hidden": hidden, "tokens": tokens}
         sizes |= {"labels": labels} if stage == "2" else {}
@@ -135,17 +140,20 @@ def make_problem(vocabulary: int, hidden: int, tokens: int, labels: int, dtype: 
     """Random hidden rows and weight of realistic size; label rows evenly spaced, the last at the end."""
     generator = torch.Generator(device).manual_seed(0)
     make = dict(dtype=dtype, device=device)
+    states = torch.empty(tokens, hidden, **make).normal_(generator=generator)
+    rows = (torch.arange(1, labels + 1, device=device) * tokens) // labels - 1
     return Problem(
-        hidden=torch.empty(tokens, hidden, **make).normal_(generator=generator).requires_grad_(),
+        hidden=states.requires_grad_(),
+        label_hidden=states.detach()[rows].requires_grad_(),
         weight=torch.empty(vocabulary, hidden, **make).normal_(std=hidden**-0.5, generator=generator).requires_grad_(),
         norm_weight=torch.ones(hidden, **make).requires_grad_(),
         targets=torch.randint(0, vocabulary, (tokens,), device=device, generator=generator),
-        rows=(torch.arange(1, labels + 1, device=device) * tokens) // labels - 1,
+        rows=rows,
         preference=(torch.arange(labels, device=device) % 2).float(),
     )
 
 
-def stage_1(problem: Problem, chunk_size: int) -> dict[str, Callable]:
+def stage_1(problem: Problem, chunk_size: int | None) -> dict[str, Callable]:
     """Cross entropy at every position."""
     hidden, weight, targets = problem.hidden, problem.weight, problem.targets
 
@@ -195,7 +203,6 @@ def stage_2(problem: Problem) -> dict[str, Callable]:
         losses, _ = pair_loss(hidden, direction, problem.preference, 0.05, NORM_EPS, positions)
         losses.sum().backward()
 
-    compact = problem.hidden.detach()[rows].requires_grad_()
     options = torch.nn.LinearCrossEntropyOptions()
     contestants = {
         ALL_LOGITS: all_positions,
@@ -208,13 +215,8 @@ def stage_2(problem: Problem) -> dict[str, Callable]:
     if importlib.util.find_spec("liger_kernel") and weight.is_cuda:
         contestants["Liger fused linear cross entropy"] = lambda: _liger(normed(problem.hidden), weight, everywhere).backward()
     contestants["gram_engine pair_loss, all rows given"] = lambda: ours(problem.hidden, rows)
-    contestants["gram_engine pair_loss, label rows (pruned)"] = lambda: ours(compact, None)
+    contestants["gram_engine pair_loss, label rows (pruned)"] = lambda: ours(problem.label_hidden, None)
     return contestants
-
-
-def _fresh(problem: Problem, run: Callable[[], None]) -> None:
-    problem.hidden.grad = problem.weight.grad = problem.norm_weight.grad = None
-    run()
 
 
 def _megatron(logits: Tensor, targets: Tensor) -> Tensor:

@@ -96,16 +96,29 @@ def _status_bytes(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def measure(function: Callable[[], object], device: torch.device, repeats: int, budget_seconds: float) -> tuple:
+def measure(
+    function: Callable[[], object],
+    device: torch.device,
+    repeats: int,
+    budget_seconds: float,
+    prepare: Callable[[], object] = lambda: None,
+) -> tuple[float, int, int | None]:
     """(median seconds, repeats, peak bytes) of calls to `function`.
 
     The first call warms up and does not count, unless it took more than 5 seconds.  Timed calls end early once they took
-    `budget_seconds`.  The peak is that of one more call.
+    `budget_seconds`.  The peak is that of one more call.  `prepare` runs before each call and does not count: it must free
+    what the call before left, which would else be missing in the peak.
     """
-    first = _seconds(function, device)
-    times = [first] if first > SLOW_SECONDS else [_seconds(function, device)]
+
+    def seconds() -> float:
+        prepare()
+        return _seconds(function, device)
+
+    first = seconds()
+    times = [first] if first > SLOW_SECONDS else [seconds()]
     while len(times) < repeats and sum(times) < budget_seconds:
-        times.append(_seconds(function, device))
+        times.append(seconds())
+    prepare()
     with PeakMemory(device) as peak:
         function()
     return statistics.median(times), len(times), peak.bytes

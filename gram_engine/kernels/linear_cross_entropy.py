@@ -15,6 +15,9 @@ from torch import Tensor
 
 from gram_engine.kernels.cross_entropy import cross_entropy_grad_, cross_entropy_stats
 
+LOGITS_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
+"""A chunk's logits, where no chunk size is given: enough for full speed, little beside the gradient of the weight."""
+
 
 def linear_cross_entropy(
     hidden: Tensor,
@@ -22,7 +25,7 @@ def linear_cross_entropy(
     targets: Tensor,
     vocab_size: int,
     *,
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
     label_smoothing: float = 0.0,
     row_weight: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
@@ -36,7 +39,7 @@ def linear_cross_entropy(
         targets: [rows] int64 token ids.
         vocab_size: rows of the whole weight that are real tokens; the rest is padding and gets no probability.
         chunk_size: rows whose logits exist at one time (twice as many with a group: communication of one chunk overlaps
-            the matrix product of the next).
+            the matrix product of the next).  None: `default_chunk_size`.
         label_smoothing: weight spread evenly over the vocabulary, as in torch's cross_entropy.
         row_weight: [rows] fp32, or None for ones.
         group: tensor-parallel group, or None for a whole weight.
@@ -50,7 +53,7 @@ def linear_cross_entropy(
     task = _Task(
         targets=targets,
         vocab_size=vocab_size,
-        chunk_size=chunk_size,
+        chunk_size=chunk_size or default_chunk_size(weight),
         label_smoothing=label_smoothing,
         row_weight=row_weight,
         group=group if group is not None and dist.get_world_size(group) > 1 else None,
@@ -58,6 +61,12 @@ def linear_cross_entropy(
         with_gradients=torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad),
     )
     return _LinearCrossEntropy.apply(hidden, weight if main_grad is None else weight.detach(), task)
+
+
+def default_chunk_size(weight: Tensor) -> int:
+    """Rows whose logits take LOGITS_BYTES, for a weight [vocabulary, hidden]: a multiple of 128, at least 128."""
+    rows = LOGITS_BYTES[weight.device.type] // (len(weight) * weight.element_size())
+    return max(rows // 128, 1) * 128
 
 
 @dataclass

@@ -34,7 +34,7 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     vocab_size: int,
-    chunk_size: int,
+    chunk_size: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """-log softmax(hidden @ weight^T)[target] for each row, over the first `vocab_size` rows of the whole weight.
@@ -46,14 +46,14 @@ def linear_cross_entropy(
         weight: [padded vocabulary / group size, hidden], this process's rows.
         targets: [rows] int64 token ids.
         vocab_size: rows of the whole weight that are real tokens; the rest is padding and gets no probability.
-        chunk_size: rows whose logits exist at one time.
+        chunk_size: rows whose logits exist at one time; None: 1,024.
         group: tensor-parallel group, or None for a whole weight.
 
     Returns:
         [rows] fp32 (float64 for float64 input).  The gradient of `hidden` holds this process's part only: the caller
         sums it over the group (copy_to_tensor_model_parallel_region).
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, chunk_size, group)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, chunk_size or 1024, group)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -29,7 +29,7 @@ class FullVocabularyPreference(PreferenceObjective):
         label_ids: tuple[int, int],
         label_smoothing: float,
         vocab_size: int,
-        chunk_size: int,
+        chunk_size: int | None,
         pruned: bool,
         tp_group: dist.ProcessGroup,
         sequence_parallel: bool,

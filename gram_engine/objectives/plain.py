@@ -40,7 +40,7 @@ class PlainPairPreference(PreferenceObjective):
 class PlainResponseLM(LanguageModelObjective):
     """Cross entropy of the response tokens (paper, Eq. 4)."""
 
-    def __init__(self, *, vocab_size: int, chunk_size: int, tp_group: dist.ProcessGroup, sequence_parallel: bool):
+    def __init__(self, *, vocab_size: int, chunk_size: int | None, tp_group: dist.ProcessGroup, sequence_parallel: bool):
         self.vocab_size = vocab_size
         self.chunk_size = chunk_size
         self.tp_group = tp_group

@@ -18,7 +18,7 @@ class ResponseLM(LanguageModelObjective):
     is decided by the loader, which lists them in the batch's `rows` and `targets`.  Only these rows meet the output layer.
     """
 
-    def __init__(self, *, vocab_size: int, chunk_size: int, tp_group: dist.ProcessGroup, sequence_parallel: bool):
+    def __init__(self, *, vocab_size: int, chunk_size: int | None, tp_group: dist.ProcessGroup, sequence_parallel: bool):
         self.vocab_size = vocab_size
         self.chunk_size = chunk_size
         self.tp_group = tp_group
