@@ -22,5 +22,5 @@ lint: venv       ## style and unused names
 	@$(VENV)/bin/python -m ruff check gram_engine tests tools setup.py
 
 clean:           ## remove runs/, caches and the virtual environment
-	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache $(VENV)
+	rm -rf runs build dist *.egg-info gram_engine/kernels/*.so .pytest_cache .ruff_cache $(VENV)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

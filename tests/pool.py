@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import traceback
 from pathlib import Path
@@ -41,9 +42,9 @@ class Pool:
                 raise
 
     def close(self) -> None:
-        """End all workers."""
+        """End all workers, and the checkpoint writers that they started."""
         for process, connection in self.workers:
-            process.kill()
+            _kill_session(process)
             process.join()
             connection.close()
         self.workers = []
@@ -72,7 +73,15 @@ class Pool:
         return result
 
 
+def _kill_session(process) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it died, or has not come as far as setsid
+        process.kill()
+
+
 def _serve(connection) -> None:
+    os.setsid()
     # A daemonic process may not have children, which the checkpoint writer starts.
     mp.current_process()._config["daemon"] = False
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -188,6 +188,27 @@ def test_first_and_last_row_and_rows_that_lie_apart(implementation):
     assert (loss == again).all() and (margin == again_margin).all()
 
 
+def test_a_row_given_twice_counts_twice(implementation):
+    x, _, norm_weight, row_a, row_b, _ = problem(3, 100)
+    leaf, wanted = x.requires_grad_(), torch.tensor([1.0, 0.0, 1.0], device=DEVICE)
+    arguments = (direction_of(norm_weight, row_a, row_b), wanted, 0.1, NORM_EPS)
+    twice = torch.tensor([2, 1, 2], device=DEVICE)
+    found, expected = (torch.autograd.grad(loss.sum(), leaf)[0] for loss in (
+        pair_loss(leaf, *arguments, twice)[0], pair_loss(leaf[twice], *arguments)[0]
+    ))  # fmt: skip
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+
+
+def test_positions_beyond_two_to_the_31_elements(implementation):
+    """Memory that is never touched takes no room: only the last row is."""
+    hidden = torch.empty(2**31 // 4096 + 2, 4096, dtype=torch.bfloat16, device=DEVICE)
+    hidden[-1] = draw(4096).bfloat16()
+    direction, wanted = draw(4096, seed=1).float(), torch.ones(1, device=DEVICE)
+    found, _ = pair_loss(hidden, direction, wanted, 0.1, NORM_EPS, torch.tensor([len(hidden) - 1], device=DEVICE))
+    expected, _ = pair_loss(hidden[-1:].clone(), direction, wanted, 0.1, NORM_EPS)
+    assert (found == expected).all()
+
+
 def test_gradients_add_up_over_any_split_into_micro_batches(implementation):
     x, _, norm_weight, row_a, row_b, preference = problem(32, 100)
     sums = []

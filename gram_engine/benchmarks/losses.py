@@ -59,9 +59,9 @@ class Benchmark:
     steps: bool = False
     """Measure whole stage-2 training steps, plain and fused, too (gram_engine/benchmarks/steps.py)."""
     step_models: tuple[str, ...] = ("tiny", "llama-3.2-1b")
-    """Models of --steps; large ones with --step-layers layers."""
-    step_layers: int = 2
-    """Layers of --steps' models."""
+    """Models of --steps."""
+    step_layers: Optional[int] = 2
+    """Layers of --steps' models; None: their own number."""
     step_tokens: int = 2048
     """Tokens of one of --steps' training steps, 8 samples each."""
     json: Optional[str] = None

@@ -38,7 +38,7 @@ def single_process(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def step_rows(model: str, layers: int, tokens: int, samples: int, dtype: str, repeats: int, budget: float) -> list[Row]:
+def step_rows(model: str, layers: int | None, tokens: int, samples: int, dtype: str, repeats: int, budget: float) -> list[Row]:
     """Measure a training step (forward, backward, optimizer) of each variant on `samples` random samples.
 
     Call within `single_process`.
@@ -61,8 +61,9 @@ def step_rows(model: str, layers: int, tokens: int, samples: int, dtype: str, re
     return rows
 
 
-def _config(model: str, layers: int, length: int, samples: int, dtype: str, flags: tuple[str, ...]) -> Config:
-    fixed = ["--objective", "pair-preference", "--model", model, "--num-layers", str(layers), "--seq-length", str(length)]
+def _config(model: str, layers: int | None, length: int, samples: int, dtype: str, flags: tuple[str, ...]) -> Config:
+    fixed = ["--objective", "pair-preference", "--model", model, "--seq-length", str(length)]
+    fixed += [] if layers is None else ["--num-layers", str(layers)]
     size = ["--global-batch-size", str(samples), "--micro-batch-size", str(samples), "--train-iters", "100"]
     config = parse([*fixed, *size, *flags, *(["--bf16"] if dtype == "bfloat16" else [])])
     resolve_shape(config)

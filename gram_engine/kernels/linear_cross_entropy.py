@@ -18,6 +18,8 @@ from gram_engine.kernels.cross_entropy import cross_entropy_grad_, cross_entropy
 LOGITS_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
 """A chunk's logits, where no chunk size is given: enough for full speed, little beside the gradient of the weight."""
 
+CACHED_ELEMENTS = 1 << 21
+
 
 def linear_cross_entropy(
     hidden: Tensor,
@@ -182,4 +184,6 @@ def _add_product(total: Tensor, grad: Tensor, rows: Tensor) -> None:
     elif total.is_cuda:
         torch.addmm(total, grad.t(), rows, out_dtype=total.dtype, out=total)
     else:
-        total += grad.t() @ rows  # no mixed-precision product on CPU: each chunk's part is rounded once
+        # No mixed-precision product on CPU: each chunk's part is rounded once, and made in pieces that stay in the cache.
+        for columns in range(0, len(total), piece := max(CACHED_ELEMENTS // total.shape[1], 1)):
+            total[columns : columns + piece] += grad[:, columns : columns + piece].t().contiguous() @ rows
