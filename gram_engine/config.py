@@ -24,7 +24,7 @@ from gram_engine.fileio import write_atomically
 
 @dataclass
 class ModelConfig:
-    """Shape of the LLaMA model. Give a preset, a Hugging Face folder (--load-hf), or the fields one by one."""
+    """Shape of the LLaMA or Qwen3 model. Give a preset, a Hugging Face folder (--load-hf), or the fields one by one."""
 
     model: Optional[str] = None
     """Preset that fills the fields below: see gram_engine/model/presets.py (tiny, llama-3.2-1b, llama-3.1-8b ...)."""
@@ -54,12 +54,14 @@ class ModelConfig:
     """Epsilon of RMSNorm; default: 1e-5."""
     untie_embeddings_and_output_weights: Optional[bool] = None
     """Give the output layer a weight of its own; default: untied (LLaMA-3.2 1B and 3B are tied)."""
+    qk_layernorm: Optional[bool] = None
+    """Norm queries and keys of each head, as Qwen3 does; default: off."""
     init_method_std: float = 0.02
     """Standard deviation of the random initialisation."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers: Transformer Engine where installed and a GPU is used, else local ones; or force one."""
     load_hf: Optional[str] = None
-    """Start from the weights, shape and (unless --tokenizer-model is given) tokenizer of this Hugging Face LLaMA folder."""
+    """Start from the weights, shape and (unless --tokenizer-model is given) tokenizer of this Hugging Face LLaMA or Qwen3 folder."""
     transformer_config: tuple[str, ...] = ()
     """KEY=VALUE pairs handed to megatron-core's TransformerConfig as they are, e.g. attention_softmax_in_fp32=true."""
 

@@ -44,6 +44,7 @@ def resolve_shape(config: Config) -> None:
         "rotary_base": 10000.0,
         "norm_epsilon": 1e-5,
         "untie_embeddings_and_output_weights": True,
+        "qk_layernorm": False,
     }
     for name, value in fallbacks.items():
         if getattr(model, name) is None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gram_engine.errors import CheckpointError, ConfigError
-from tests.hf_models import SCALINGS, write_hf_model
+from tests.hf_models import KINDS, write_hf_model
 from tests.tiny import tiny_trainer
 
 
@@ -47,10 +47,10 @@ def save_untrained(prefix, tokenizer, folder, flags, checkpoint):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("scaling", SCALINGS)
-def test_logits_equal_transformers(scaling, tied, pool, tiny_data, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_equal_transformers(kind, tied, pool, tiny_data, tmp_path):
     vocab_size = json.load(open(f"{tiny_data['stage2']}.json"))["tokenizer"]["vocab_size"] + 3
-    model = write_hf_model(tmp_path / "hf", vocab_size, tied, scaling)
+    model = write_hf_model(tmp_path / "hf", vocab_size, tied, kind)
     lengths, generator = [150, 37], torch.Generator().manual_seed(1)
     tokens = torch.randint(0, vocab_size, (sum(lengths),), generator=generator)
     with torch.no_grad():
@@ -60,24 +60,37 @@ def test_logits_equal_transformers(scaling, tied, pool, tiny_data, tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+LAYOUTS = {
+    "one": (1, ""),
+    "tp2": (2, "--tensor-model-parallel-size 2"),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "vpp": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+    "pp3": (3, "--pipeline-model-parallel-size 3"),
+}
+
+
 @pytest.mark.parametrize(
-    "processes, flags, tied, dtype",
+    "layout, kind, tied, dtype",
     [
-        (1, "", False, torch.float32),
-        (2, "--tensor-model-parallel-size 2 --bf16", True, torch.bfloat16),
-        (3, "--pipeline-model-parallel-size 3", True, torch.float32),
-        (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1", False, torch.float32),
-        (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", False, torch.float32),
+        *((layout, kind, tied, torch.float32) for layout in ("one", "tp2", "pp2", "tp2-pp2") for kind, tied in (
+            ("llama3-8", False), ("llama3-32", True), ("qwen3", False)
+        )),
+        ("tp2", "qwen3", True, torch.bfloat16),
+        ("vpp", "llama3-8", False, torch.float32),
+        ("pp3", "llama3-8", True, torch.float32),
     ],
-    ids=["one", "tp2-bf16-tied", "pp3-tied", "vpp", "tp2-pp2"],
-)
-def test_round_trip_is_exact(processes, flags, tied, dtype, pool, tiny_data, tmp_path):
+    ids=lambda value: str(value).removeprefix("torch."),
+)  # fmt: skip
+def test_round_trip_is_exact(layout, kind, tied, dtype, pool, tiny_data, tmp_path):
     from safetensors.torch import load_file
 
     from gram_engine.convert.export_hf import export_hf
 
     vocab_size = json.load(open(f"{tiny_data['stage2']}.json"))["tokenizer"]["vocab_size"] + 3
-    write_hf_model(tmp_path / "hf", vocab_size, tied, "llama3-8", dtype)
+    write_hf_model(tmp_path / "hf", vocab_size, tied, kind, dtype)
+    processes, flags = LAYOUTS[layout]
+    flags += " --bf16" if dtype == torch.bfloat16 else ""
     run = (tiny_data["stage2"], tiny_data["tokenizer"], str(tmp_path / "hf"), flags, str(tmp_path / "checkpoint"))
     pool.run(save_untrained, processes, *run)
     export_hf(tmp_path / "checkpoint", tmp_path / "out")

@@ -17,6 +17,10 @@ LAYOUTS = {
     "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "tp2-sp-pp2": (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
+    "tp2-sp-pp2-qwen3": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 --qk-layernorm True",
+    ),
     "dp2": (2, ""),
     "dp2-overlap": (2, "--overlap-grad-reduce"),
     "recompute": (1, "--recompute-granularity full"),

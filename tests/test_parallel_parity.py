@@ -49,11 +49,20 @@ def references(pool, tiny_data):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_equals_one_process(layout, stage, tied, pool, tiny_data, references):
     tying = f"--untie-embeddings-and-output-weights {tied == 'untied'}"
+    compare(layout, stage, tying, pool, tiny_data, references)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("layout", ["tp2", "tp2-pp2-sp", "recompute"])
+def test_normed_queries_and_keys(layout, stage, pool, tiny_data, references):
+    """As Qwen3 has them; their weights' gradients are sums over the heads of all tensor-parallel processes."""
+    compare(layout, stage, "--untie-embeddings-and-output-weights False --qk-layernorm True", pool, tiny_data, references)
+
+
+def compare(layout, stage, model, pool, data, references):
     processes, flags = LAYOUTS[layout]
-    expected = references(stage, tying)
-    curves = pool.run(
-        curve, processes, tiny_data[stage], tiny_data["tokenizer"], f"{flags} {STAGES[stage]} {tying}"
-    )
+    expected = references(stage, model)
+    curves = pool.run(curve, processes, data[stage], data["tokenizer"], f"{flags} {STAGES[stage]} {model}")
     for found in curves:
         for (loss, norm), (expected_loss, expected_norm) in zip(found, expected, strict=True):
             assert loss == pytest.approx(expected_loss, rel=1e-5)

@@ -19,6 +19,11 @@ PARAMETERS = {
     "llama-3.1-70b": 70_553_706_496,
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
 }
 
 
@@ -61,7 +66,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, **ROPE_SCALIN
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; the engine reads 'llama'"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; the engine reads 'llama' and 'qwen3'"),
         ({"attention_bias": True}, "attention_bias is True; the engine has only False"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; the engine has only 'silu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),

@@ -1,4 +1,4 @@
-"""One table between megatron-core's checkpoint keys and Hugging Face's LLaMA names, read in both directions.
+"""One table between megatron-core's checkpoint keys and Hugging Face's LLaMA and Qwen3 names, read in both directions.
 
 Engine side: keys of a whole (unsharded) model as a torch_dist checkpoint holds them.  Tensors of the layers are stacked
 along a first axis; norms carry the name of the linear layer they precede, as in Transformer Engine's fused modules.
@@ -73,6 +73,10 @@ def _ffn(model: ModelConfig) -> int:
     return model.ffn_hidden_size
 
 
+def _head(model: ModelConfig) -> int:
+    return model.kv_channels
+
+
 def _vector(model: ModelConfig) -> None:
     return None
 
@@ -126,6 +130,11 @@ LAYER_RULES = (
     _direct(LAYER + "mlp.linear_fc2.weight", HF_LAYER + "mlp.down_proj.weight", _hidden, _ffn),
 )
 
+QK_NORM_RULES = tuple(
+    _direct(f"{LAYER}self_attention.{part}_layernorm.weight", f"{HF_LAYER}self_attn.{part}_norm.weight", _head, _vector)
+    for part in "qk"
+)
+
 EMBEDDING = _direct("embedding.word_embeddings.weight", "model.embed_tokens.weight", _vocabulary, _hidden)
 OUTPUT = _direct("output_layer.weight", "lm_head.weight", _vocabulary, _hidden)
 FINAL_NORM = _direct("decoder.final_layernorm.weight", "model.norm.weight", _hidden, _vector)
@@ -133,7 +142,8 @@ FINAL_NORM = _direct("decoder.final_layernorm.weight", "model.norm.weight", _hid
 
 def rules(model: ModelConfig) -> list[tuple[Rule, int | None]]:
     """(rule, layer) of every tensor of the model in Hugging Face's order; layer is None outside the layers."""
-    layers = [(rule, layer) for layer in range(model.num_layers) for rule in LAYER_RULES]
+    of_layer = LAYER_RULES + (QK_NORM_RULES if model.qk_layernorm else ())
+    layers = [(rule, layer) for layer in range(model.num_layers) for rule in of_layer]
     head = [(OUTPUT, None)] if model.untie_embeddings_and_output_weights else []
     return [(EMBEDDING, None), *layers, (FINAL_NORM, None), *head]
 

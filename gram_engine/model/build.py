@@ -55,6 +55,7 @@ def transformer_config(config: Config, platform: Platform) -> TransformerConfig:
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
         kv_channels=model.kv_channels,
+        qk_layernorm=model.qk_layernorm,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=True,
@@ -125,7 +126,7 @@ def build_model(config: Config, platform: Platform) -> list[RewardModel]:
         is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         specs = [layer_spec] * get_num_layers_to_build(core, vp_stage=vp_stage)
         if is_last and config.prunes_last_layer:
-            specs[-1] = label_row_layer_spec()
+            specs[-1] = label_row_layer_spec(config.model.qk_layernorm)
         chunk = RewardModel(
             config=core,
             transformer_layer_spec=TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm),
@@ -156,7 +157,7 @@ def _layers_and_norm(config: Config, platform: Platform) -> tuple[ModuleSpec, ty
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec as layer_spec
     else:
         norm, layer_spec = RMSNorm, local_layer_spec
-    return layer_spec(), DeferredRMSNorm if config.label_rows_only else norm
+    return layer_spec(qk_layernorm=config.model.qk_layernorm), DeferredRMSNorm if config.label_rows_only else norm
 
 
 @torch.no_grad()

@@ -109,6 +109,8 @@ class LabelRowLayer(TransformerLayer):
         normed = normed.squeeze(1)
         query = F.linear(normed[rows], weight[:, :-2].flatten(0, 2)).unflatten(-1, (-1, dim))
         key, value = F.linear(normed, weight[:, -2:].flatten(0, 2)).unflatten(-1, (groups, 2, dim)).unbind(2)
+        if attention.config.qk_layernorm:
+            query, key = attention.q_layernorm(query), attention.k_layernorm(key)
         return query, key, value
 
     def _held(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
@@ -118,6 +120,6 @@ class LabelRowLayer(TransformerLayer):
         return hidden_states[local.clamp(0, len(hidden_states) - 1)] * owned[:, None, None].to(hidden_states.dtype)
 
 
-def label_row_layer_spec() -> ModuleSpec:
+def label_row_layer_spec(qk_layernorm: bool) -> ModuleSpec:
     """The local layer as a LabelRowLayer; checkpoint keys are those of any other layer."""
-    return replace(local_layer_spec(), module=LabelRowLayer)
+    return replace(local_layer_spec(qk_layernorm), module=LabelRowLayer)

@@ -65,10 +65,13 @@ class PackedAttention(MegatronModule):
         return torch.cat(outputs).flatten(1)
 
 
-def local_layer_spec() -> ModuleSpec:
+def local_layer_spec(qk_layernorm: bool = False) -> ModuleSpec:
     """megatron-core's local layer with our norm and attention; checkpoint keys equal Transformer Engine's."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_layernorm)
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
-    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec

@@ -27,6 +27,11 @@ def _llama_3(*shape, scaling=None, positions=131072, **more) -> dict:
     return _shape(*shape, **more)
 
 
+def _qwen_3(*shape, **more) -> dict:
+    more.update(vocab_size=151936, base=1e6, kv_channels=128, qk_layernorm=True, norm_epsilon=1e-6)
+    return _shape(*shape, max_position_embeddings=40960, **more)
+
+
 # tiny and small are trained from scratch: vocabulary and length are the data's.
 PRESETS: dict[str, dict] = {
     "tiny": _shape(2, 64, 192, 4, 2, base=10000.0),
@@ -38,6 +43,11 @@ PRESETS: dict[str, dict] = {
     "llama-3.1-70b": _llama_3(80, 8192, 28672, 64, 8, scaling=8.0),
     "llama-3.2-1b": _llama_3(16, 2048, 8192, 32, 8, scaling=32.0, tied=True),
     "llama-3.2-3b": _llama_3(28, 3072, 8192, 24, 8, scaling=32.0, tied=True),
+    "qwen3-0.6b": _qwen_3(28, 1024, 3072, 16, 8, tied=True),
+    "qwen3-1.7b": _qwen_3(28, 2048, 6144, 16, 8, tied=True),
+    "qwen3-4b": _qwen_3(36, 2560, 9728, 32, 8, tied=True),
+    "qwen3-8b": _qwen_3(36, 4096, 12288, 32, 8),
+    "qwen3-14b": _qwen_3(40, 5120, 17408, 40, 8),
 }
 
 # megatron-core's RotaryEmbedding has these built in (rotary_pos_embedding.py, _apply_scaling).
@@ -48,7 +58,7 @@ def shape_from_hf(folder: str | Path) -> dict:
     """ModelConfig fields from `folder`/config.json.
 
     Raises:
-        ConfigError: no such folder, another architecture than LLaMA, or a feature the engine does not have.
+        ConfigError: no such folder, another architecture than LLaMA and Qwen3, or a feature the engine does not have.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -57,8 +67,9 @@ def shape_from_hf(folder: str | Path) -> dict:
         hf = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON ({error}). Download it again.") from None
-    if hf.get("model_type") != "llama":
-        raise ConfigError(f"{path}: model_type is {hf.get('model_type')!r}; the engine reads 'llama'.")
+    kind = hf.get("model_type")
+    if kind not in ("llama", "qwen3"):
+        raise ConfigError(f"{path}: model_type is {kind!r}; the engine reads 'llama' and 'qwen3'.")
     if missing := [key for key in _REQUIRED if hf.get(key) is None]:
         raise ConfigError(f"{path}: {', '.join(missing)} missing. Use the config.json that belongs to the weights.")
     for key, wanted in _ONLY.items():
@@ -80,6 +91,7 @@ def shape_from_hf(folder: str | Path) -> dict:
         norm_epsilon=hf.get("rms_norm_eps", 1e-6),
         max_position_embeddings=hf.get("max_position_embeddings", 2048),
         untie_embeddings_and_output_weights=not hf.get("tie_word_embeddings", False),
+        qk_layernorm=kind == "qwen3",
     )
 
 
@@ -90,7 +102,7 @@ _REQUIRED = (
     "num_attention_heads",
     "vocab_size",
 )
-_ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
+_ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "quantization_config": None}
 
 
 def _rope(hf: dict, path: Path) -> tuple[float, float | None]:
@@ -111,15 +123,15 @@ def _rope(hf: dict, path: Path) -> tuple[float, float | None]:
 
 
 def hf_config(model: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None) -> dict:
-    """config.json of a resolved model for LlamaForCausalLM; `dtype` as torch names it, such as "bfloat16"."""
+    """config.json of a resolved model for LlamaForCausalLM or Qwen3ForCausalLM; `dtype` as torch names it, such as "bfloat16"."""
     rope = {"rope_type": "default", "rope_theta": model.rotary_base}
     scaling = None
     if model.rope_scaling_factor is not None:
         scaling = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **ROPE_SCALING}
         rope.update(scaling)
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["Qwen3ForCausalLM" if model.qk_layernorm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if model.qk_layernorm else "llama",
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,

@@ -51,6 +51,7 @@ SHAPE_FIELDS = (
     "kv_channels",
     "vocab_size",
     "untie_embeddings_and_output_weights",
+    "qk_layernorm",
 )
 
 
