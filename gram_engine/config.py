@@ -61,7 +61,7 @@ class ModelConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers: Transformer Engine where installed and a GPU is used, else local ones; or force one."""
     load_hf: Optional[str] = None
-    """Start from the weights, shape and (unless --tokenizer-model is given) tokenizer of this Hugging Face LLaMA or Qwen3 folder."""
+    """Start from the weights, shape and (unless --tokenizer-model is given) tokenizer of this Hugging Face folder."""
     transformer_config: tuple[str, ...] = ()
     """KEY=VALUE pairs handed to megatron-core's TransformerConfig as they are, e.g. attention_softmax_in_fp32=true."""
 

@@ -1,4 +1,4 @@
-"""Hugging Face LLaMA or Qwen3 folder -> the live model, at any layout; each process reads only the rows and columns it holds."""
+"""Hugging Face folder -> the live model, at any layout; each process reads only the rows and columns it holds."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class HuggingFaceFolder:
         if missing := wanted.keys() - self.files.keys():
             raise CheckpointError(f"{self.folder}: missing: {_some(missing)}. Download the folder again.")
         if extra:
-            raise CheckpointError(f"{self.folder}: the engine has no place for {_some(extra)}. It reads plain LLaMA and Qwen3 models.")
+            raise CheckpointError(f"{self.folder}: the engine has no place for {_some(extra)}. It reads LLaMA and Qwen3.")
         for name, shape in wanted.items():
             found = tuple(self._slice(name).get_shape())
             if found != shape:

@@ -102,7 +102,13 @@ _REQUIRED = (
     "num_attention_heads",
     "vocab_size",
 )
-_ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "quantization_config": None}
+_ONLY = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "quantization_config": None,
+}
 
 
 def _rope(hf: dict, path: Path) -> tuple[float, float | None]:
@@ -123,7 +129,7 @@ def _rope(hf: dict, path: Path) -> tuple[float, float | None]:
 
 
 def hf_config(model: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None) -> dict:
-    """config.json of a resolved model for LlamaForCausalLM or Qwen3ForCausalLM; `dtype` as torch names it, such as "bfloat16"."""
+    """config.json of a resolved model (LlamaForCausalLM or Qwen3ForCausalLM); `dtype` as torch names it: "bfloat16"."""
     rope = {"rope_type": "default", "rope_theta": model.rotary_base}
     scaling = None
     if model.rope_scaling_factor is not None:
