@@ -10,7 +10,7 @@ COMMANDS = {
     "finetune": ("gram_engine.training.main:finetune", "stage 2: learn to predict the preferred response"),
     "preprocess": ("gram_engine.data.preprocess:main", "preference files -> .bin/.idx"),
     "data inspect": ("gram_engine.data.inspect:main", "show a packed sample: which tokens carry loss"),
-    "convert": ("gram_engine.convert.export_hf:main", "checkpoint -> Hugging Face folder"),
+    "convert": ("gram_engine.convert.command:main", "checkpoint -> Hugging Face folder, and back"),
     "score": ("gram_engine.scoring.scorer:main", "score preference pairs with a Hugging Face folder"),
     "train-tokenizer": ("gram_engine.train_tokenizer:main", "train a SentencePiece tokenizer on preference files"),
     "demo-data": ("gram_engine.demo:main", "make the demonstration preference data"),

@@ -108,5 +108,5 @@ def test_missing_and_truncated_files_are_named(tmp_path):
     file.unlink()
     index = {"weight_map": dict.fromkeys(hf_shapes(ModelConfig(**shape_from_hf(tmp_path))), "model-1.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="model-1.safetensors: no such file, but model.safetensors.index.json names"):
+    with pytest.raises(CheckpointError, match="model-1.safetensors: no such file. Download the folder again"):
         HuggingFaceFolder(tmp_path).check(ModelConfig(**shape_from_hf(tmp_path)))

@@ -129,15 +129,15 @@ def test_tied_embedding_is_filled_on_first_and_last_stage(pool, tiny_data, tmp_p
 def test_export_in_shards_and_another_dtype_loads_with_transformers(pool, tiny_data, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from gram_engine.convert import export_hf
+    from gram_engine.convert import command, export_hf, jobs
     from gram_engine.data.tokenizer import Tokenizer
 
-    monkeypatch.setattr(export_hf, "MAX_SHARD_BYTES", 40_000)
+    monkeypatch.setattr(jobs, "MAX_FILE_BYTES", 40_000)
     vocab_size = json.load(open(f"{tiny_data['stage2']}.json"))["tokenizer"]["vocab_size"]
     original = write_hf_model(tmp_path / "hf", vocab_size, True, "llama3-32")
     run = (tiny_data["stage2"], tiny_data["tokenizer"], str(tmp_path / "hf"), "", str(tmp_path / "checkpoint"))
     pool.run(save_untrained, 1, *run)
-    export_hf.main(
+    command.main(
         ["--from", "engine", "--to", "hf", "--load", str(tmp_path / "checkpoint"), "--save", str(tmp_path / "out")]
         + ["--dtype", "bfloat16"]
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Callable, Iterator
 
+import torch
 from torch import Tensor
 
 from gram_engine.config import ModelConfig
@@ -57,12 +58,20 @@ class Rule:
 
     def split(self, tensor: Tensor, model: ModelConfig) -> list[Tensor]:
         """The Hugging Face tensors that a whole engine tensor (of one layer) holds; padding rows are left behind."""
+        if len(self.hf) == 1:
+            return [tensor[: self.hf_shapes(model)[0][0]]]
         parts = [tensor.new_empty(shape) for shape in self.hf_shapes(model)]
         position = 0
         for part, first, end in self.pieces(model):
             parts[part][first:end] = tensor[position : position + end - first]
             position += end - first
         return parts
+
+    def join(self, parts: list[Tensor], model: ModelConfig) -> Tensor:
+        """The engine tensor (of one layer, without padding) made of whole Hugging Face tensors: the inverse of `split`."""
+        if len(self.hf) == 1:
+            return parts[0]
+        return torch.cat([parts[part][first:end] for part, first, end in self.pieces(model)])
 
 
 def _hidden(model: ModelConfig) -> int:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from gram_engine.config import DataConfig, fail
+from gram_engine.convert.companions import PAIR_LOGIT
 from gram_engine.data.readers import read_rows
 from gram_engine.data.samples import Sample, judge_sample
 from gram_engine.data.schema import Pair
@@ -32,8 +33,11 @@ class RewardModelScorer:
         self.tokenizer = tokenizer
         self.template = JudgeTemplate.from_dict(gram["template"], "gram_config.json")
         self.max_tokens = gram["seq_length"]
-        row_a, row_b = (self.model.lm_head.weight[token] for token in gram["label_ids"])
-        self.direction = (row_a.float() - row_b.float()).detach()
+        if gram.get("head") == PAIR_LOGIT:
+            self.direction = self.model.score.weight[0].float().detach()
+        else:
+            row_a, row_b = (self.model.lm_head.weight[token] for token in gram["label_ids"])
+            self.direction = (row_a.float() - row_b.float()).detach()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: str = "auto", device: Optional[str] = None) -> RewardModelScorer:
@@ -43,18 +47,19 @@ class RewardModelScorer:
             ConfigError: the folder is not an export of this engine.
             CheckpointError: its weights are missing or damaged.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
         path = Path(folder) / "gram_config.json"
         if not path.is_file():
             raise ConfigError(f"{path}: no such file. --model needs a folder written by `gram convert`.")
         gram = json.loads(path.read_text(encoding="utf-8"))
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        auto = AutoModelForSequenceClassification if gram.get("head") == PAIR_LOGIT else AutoModelForCausalLM
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+            model = auto.from_pretrained(folder, dtype=dtype).to(device)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: the model cannot be loaded: {error}") from error
-        rows = model.lm_head.weight.shape[0]
+        rows = model.get_input_embeddings().weight.shape[0]
         if max(gram["label_ids"]) >= rows:
             raise ConfigError(f"{path}: label_ids {gram['label_ids']} lie outside the vocabulary of {rows} tokens.")
         return cls(model, Tokenizer.load("HuggingFaceTokenizer", folder), gram)

@@ -1,9 +1,4 @@
-"""Checkpoints in megatron-core's torch_dist format: saved at one layout, loaded at any other.
-
-    FOLDER/latest_checkpointed_iteration.txt    written last
-    FOLDER/iter_0000100/                        written as iter_0000100.tmp, renamed when whole
-        __0_0.distcp ... .metadata common.pt    model and optimizer (sharded), schedule and position
-        run_config.yaml data_manifest.json template.yaml tokenizer/
+"""Checkpoints in megatron-core's torch_dist format: saved at one layout, loaded at any other. Files: checkpoint_folder.py.
 
 No random number is drawn after initialisation (dropouts are 0, the data order is a function of seed and position), so
 weights, optimizer, schedule and position are all that an exact resume needs.
@@ -11,8 +6,6 @@ weights, optimizer, schedule and position are all that an exact resume needs.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,15 +22,18 @@ from megatron.core.dist_checkpointing.serialization import (
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
-from gram_engine.config import Config, is_main_process, load_yaml
-from gram_engine.data.template import JudgeTemplate
-from gram_engine.data.tokenizer import Tokenizer
+from gram_engine.config import Config, is_main_process
 from gram_engine.errors import CheckpointError
-from gram_engine.fileio import write_atomically
 from gram_engine.model.reward_model import unwrap
-
-TRACKER = "latest_checkpointed_iteration.txt"
-RUN_CONFIG, DATA_MANIFEST, TEMPLATE, TOKENIZER = "run_config.yaml", "data_manifest.json", "template.yaml", "tokenizer"
+from gram_engine.training.checkpoint_folder import (
+    RUN_CONFIG,
+    TRACKER,
+    iteration_folder,
+    latest_checkpoint,
+    publish,
+    run_config_of,
+    write_companions,
+)
 
 # Optimizer state by parameter in model space: the layout that can be loaded at any TP, PP and DP.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -63,24 +59,6 @@ class TrainState:
     consumed_samples: int = 0
 
 
-def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint that the tracker file names, or `folder` itself where it is one; None where there is none.
-
-    Raises:
-        CheckpointError: the tracker names a checkpoint that is not there.
-    """
-    folder = Path(folder)
-    if (folder / ".metadata").is_file():
-        return folder
-    tracker = folder / TRACKER
-    if not tracker.is_file():
-        return None
-    found = folder / f"iter_{int(tracker.read_text()):07d}"
-    if not (found / ".metadata").is_file():
-        raise CheckpointError(f"{tracker} names {found.name}, which is missing or incomplete. Write another number there.")
-    return found
-
-
 class CheckpointSaver:
     """Writes checkpoints of one run, in the foreground or (--async-save) behind the training steps."""
 
@@ -91,13 +69,13 @@ class CheckpointSaver:
 
     def save(self, state: TrainState, model: list, optimizer, scheduler) -> None:
         """Save to --save; every process takes part. The checkpoint counts once its folder has its final name."""
-        final = Path(self.config.checkpoint.save) / f"iter_{state.iteration:07d}"
+        final = iteration_folder(self.config.checkpoint.save, state.iteration)
         temporary = final.with_suffix(".tmp")
         self.finish()
         if is_main_process():
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            self._write_companions(temporary)
+            write_companions(temporary, self.config, self.data_manifest)
         dist.barrier()
         strategy = FullyParallelSaveStrategyWrapper(
             get_default_save_sharded_strategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -122,37 +100,10 @@ class CheckpointSaver:
         if self.queue is not None:
             self.queue.maybe_finalize_async_calls(blocking=blocking)
 
-    def _write_companions(self, folder: Path) -> None:
-        self.config.save(folder / RUN_CONFIG)
-        with write_atomically(folder / DATA_MANIFEST) as handle:
-            json.dump(self.data_manifest, handle, indent=1)
-        template = {key: value for key, value in self.data_manifest["template"].items() if key != "sha256"}
-        with write_atomically(folder / TEMPLATE) as handle:
-            handle.write(JudgeTemplate.from_dict(template, DATA_MANIFEST).to_yaml())
-        data = self.config.data
-        Tokenizer.load(data.tokenizer_type, data.tokenizer_model).save_pretrained(folder / TOKENIZER)
-
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Give a whole checkpoint its name, then point the tracker at it."""
-    if not is_main_process():
-        return
-    replaced = final.with_suffix(".old")
-    if final.exists():
-        final.rename(replaced)
-    temporary.rename(final)
-    _fsync_folder(final.parent)
-    with write_atomically(final.parent / TRACKER) as handle:
-        handle.write(str(int(final.name.removeprefix("iter_"))))
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if is_main_process():
+        publish(temporary, final)
 
 
 def load_checkpoint(folder: str | Path, model: list, optimizer, scheduler, config: Config) -> TrainState:
@@ -183,11 +134,6 @@ def load_weights(folder: str | Path, model: list, config: Config) -> None:
     """
     path = _checked_path(folder, config)
     _load_model(model, _read(path, _sharded_model(model)))
-
-
-def run_config_of(checkpoint: str | Path) -> Config:
-    """The resolved configuration that a checkpoint was saved with."""
-    return load_yaml(Path(checkpoint) / RUN_CONFIG)
 
 
 def _checked_path(folder: str | Path, config: Config) -> Path:

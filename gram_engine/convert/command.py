@@ -1,0 +1,86 @@
+"""`gram convert`: the command line of both directions."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Literal, Optional
+
+import tyro
+
+from gram_engine.config import fail
+from gram_engine.convert.companions import CAUSAL_LM
+from gram_engine.errors import ConfigError, GramError
+
+
+@dataclass
+class ConvertArguments:
+    """Convert a checkpoint of the engine to a Hugging Face folder, or the other way.
+
+    `gram convert export --megatron-path CHECKPOINT --hf-path FOLDER` and `gram convert import --hf-path FOLDER
+    --megatron-path CHECKPOINT` are the same in Megatron-Bridge's words.
+    """
+
+    load: str
+    """What to read: folder of checkpoints (--save of a run) or one iter_... folder; with --from hf a Hugging Face folder."""
+    save: str
+    """Folder to write; must not exist."""
+    source: Annotated[Literal["engine", "hf"], tyro.conf.arg(name="from")] = "engine"
+    """Format to read."""
+    to: Optional[Literal["engine", "hf"]] = None
+    """Format to write; default: the other one."""
+    dtype: Optional[Literal["float32", "bfloat16", "float16"]] = None
+    """Dtype of the written weights; default: as they are."""
+    head: Literal["causal-lm", "pair-logit"] = CAUSAL_LM
+    """To hf: the language model, or AutoModelForSequenceClassification with one logit, Z_A - Z_B."""
+    template: str = "gram-code"
+    """To engine: judge prompt of the checkpoint: gram-code, gram-paper, or a YAML file."""
+    evaluation: Optional[str] = None
+    """To hf: report of `gram score --report` whose figures the model card shows."""
+    tensor_model_parallel_size: int = 1
+    """Without effect, for scripts that give it: a checkpoint of the engine loads at every layout."""
+    processes: int = 1
+    """Files are converted by so many processes at once, each with one tensor in memory."""
+    verify: bool = False
+    """Read everything back and compare it bit for bit."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of tools/convert_checkpoint.py and `gram convert`."""
+    try:
+        arguments = tyro.cli(ConvertArguments, args=_in_own_words(sys.argv[1:] if argv is None else argv), prog="gram convert")
+        print(f"wrote {convert(arguments)}")
+    except GramError as error:
+        fail(error)
+
+
+def convert(arguments: ConvertArguments):
+    """The path of what was written.
+
+    Raises:
+        ConfigError, CheckpointError: see `export_hf` and `import_checkpoint`.
+    """
+    if arguments.to == arguments.source:
+        raise ConfigError(f"--from {arguments.source} --to {arguments.to}: nothing to convert.")
+    if arguments.processes < 1:
+        raise ConfigError(f"--processes {arguments.processes} must be at least 1.")
+    work = dict(processes=arguments.processes, verify=arguments.verify)
+    if arguments.source == "engine":
+        from gram_engine.convert.export_hf import export_hf
+
+        options = dict(head=arguments.head, evaluation=arguments.evaluation)
+        return export_hf(arguments.load, arguments.save, arguments.dtype, **options, **work)
+    from gram_engine.convert.import_checkpoint import import_checkpoint
+
+    return import_checkpoint(arguments.load, arguments.save, arguments.dtype, template=arguments.template, **work)
+
+
+def _in_own_words(argv: list[str]) -> list[str]:
+    """Megatron-Bridge's `import` and `export` as --from, --load and --save."""
+    if not argv or argv[0] not in ("import", "export"):
+        return argv
+    names = {"--hf-path": "--load", "--megatron-path": "--save"}
+    source = "hf"
+    if argv[0] == "export":
+        names, source = {"--megatron-path": "--load", "--hf-path": "--save"}, "engine"
+    return ["--from", source, *(names.get(word, word) for word in argv[1:])]

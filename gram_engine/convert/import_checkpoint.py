@@ -1,0 +1,123 @@
+"""Hugging Face folder -> checkpoint of the engine, file by file, without a model in memory and without a process group.
+
+A run can start from the folder itself (--load-hf, convert/import_hf.py); a checkpoint is for who wants one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Iterator, Optional
+
+import torch
+from torch import Tensor
+
+from gram_engine.config import Config
+from gram_engine.convert.hf_folder import HuggingFaceFolder
+from gram_engine.convert.jobs import Job, check_room, in_files, run_jobs
+from gram_engine.convert.mapping import rules
+from gram_engine.convert.torch_dist import Key, TorchDistCheckpoint, describe, write_file, write_metadata
+from gram_engine.data.samples import label_ids
+from gram_engine.data.template import JudgeTemplate
+from gram_engine.data.tokenizer import Tokenizer
+from gram_engine.errors import CheckpointError, ConfigError
+from gram_engine.fileio import write_atomically
+from gram_engine.training.checkpoint_folder import iteration_folder, publish, write_companions
+from gram_engine.validation import resolve_shape
+
+LINEAR = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+
+
+def import_checkpoint(
+    folder: str | Path,
+    save: str | Path,
+    dtype: Optional[str] = None,
+    *,
+    template: str = "gram-code",
+    processes: int = 1,
+    verify: bool = False,
+) -> Path:
+    """Write step 0 of a run at `save`, for --pretrained-checkpoint, and for export again; optimizer state has none.
+
+    Args:
+        dtype: of the written weights, as torch names it; None: as the folder holds them.
+        template: judge prompt that an export of this checkpoint names.
+        verify: read everything back and compare it, bit for bit, with the folder.
+
+    Raises:
+        CheckpointError: weights are missing, cut off, of another shape, or what was written differs.
+        ConfigError: another architecture, `save` exists, or the disk has too little room.
+    """
+    save = Path(save)
+    if save.exists() and any(entry.suffix != ".tmp" for entry in save.iterdir()):
+        raise ConfigError(f"{save} exists. Remove it, or give another --save.")
+    config = Config()
+    config.model.load_hf, config.data.template = str(folder), template
+    resolve_shape(config)
+    manifest = _manifest(config)
+    stored = HuggingFaceFolder(folder).check(config.model)
+    final = iteration_folder(save, 0)
+    temporary = final.with_suffix(".tmp")
+    files = in_files(rules(config.model), config.model, dtype := getattr(torch, dtype) if dtype else stored)
+    jobs = [
+        Job(number, temporary, Path(folder), "", config.model, tuple(keys), dtype) for number, keys in enumerate(files)
+    ]
+    check_room(save, jobs)
+    shutil.rmtree(save, ignore_errors=True)  # an interrupted conversion
+    temporary.mkdir(parents=True)
+    try:
+        places = run_jobs(_write, jobs, processes, "write")
+        write_companions(temporary, config, manifest)
+        _complete(temporary, config, dtype, {place: where for of_file in places for place, where in of_file.items()})
+        if verify:
+            run_jobs(_verify, jobs, processes, "verify")
+        publish(temporary, final)
+    except BaseException:
+        shutil.rmtree(save, ignore_errors=True)
+        raise
+    return final
+
+
+def _manifest(config: Config) -> dict:
+    template = JudgeTemplate.load(config.data.template)
+    tokenizer = Tokenizer.load(config.data.tokenizer_type, config.data.tokenizer_model)
+    return {
+        "template": {**template.to_dict(), "sha256": template.sha256},
+        "label_ids": list(label_ids(tokenizer, template)),
+    }
+
+
+def _tensors(job: Job) -> Iterator[tuple[Key, Tensor]]:
+    """Engine tensors of a job, each made when it is asked for."""
+    source = HuggingFaceFolder(job.folder)
+    for rule, layer in job.rules():
+        parts = [source.read(name).to(job.dtype) for name in rule.hf_names(layer)]
+        yield (rule.engine, layer), rule.join(parts, job.model)
+
+
+def _write(job: Job) -> dict:
+    return write_file(job.checkpoint, job.number, _tensors(job))
+
+
+def _verify(job: Job) -> None:
+    written = TorchDistCheckpoint(job.checkpoint)
+    for (key, layer), tensor in _tensors(job):
+        if not torch.equal(written.tensor(key, layer).view(torch.uint8), tensor.view(torch.uint8)):
+            raise CheckpointError(f"{job.checkpoint}: {key} differs from the folder after it was written. Check the disk.")
+
+
+def _complete(path: Path, config: Config, dtype: torch.dtype, places: dict) -> None:
+    """megatron-core's common part and format file, and the metadata."""
+    layers = config.model.num_layers
+    described = {}
+    for rule, layer in rules(config.model):
+        shapes = rule.hf_shapes(config.model)
+        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        described[rule.engine] = describe(shape, dtype, None if layer is None else layers)
+    torch.save({}, path / "common.pt")
+    with write_atomically(path / "metadata.json") as handle:
+        json.dump(FORMAT, handle)
+    objects = [f"decoder.layers.{name}._extra_state/shard_{layer}_{layers}" for layer in range(layers) for name in LINEAR]
+    write_metadata(path, places, described, objects)

@@ -1,0 +1,111 @@
+"""Conversion cut into files, each a job for a process of its own; one tensor at a time is in a process's memory."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+import torch
+from tqdm import tqdm
+
+from gram_engine.config import ModelConfig
+from gram_engine.convert.mapping import EMBEDDING, OUTPUT, Rule, rules
+from gram_engine.convert.torch_dist import Key
+from gram_engine.errors import ConfigError
+
+MAX_FILE_BYTES = 1024**3
+"""Files are about this large: the unit of work and of progress."""
+SPARE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some of the model's tensors, from a checkpoint to a file of a Hugging Face folder or the other way."""
+
+    number: int
+    checkpoint: Path
+    folder: Path
+    file: str
+    model: ModelConfig
+    keys: tuple[Key, ...]
+    dtype: torch.dtype
+    label_ids: tuple[int, int] | None = None
+    """Set for the pair-logit head: its one row takes the place of the output layer."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(key_bytes(rule, self.model, self.dtype) for rule, _ in self.rules())
+
+    def rules(self) -> list[tuple[Rule, int | None]]:
+        """(rule, layer) of the job's keys."""
+        rule_of = {(rule.engine, layer): rule for rule, layer in [*rules(self.model), (OUTPUT, None)]}
+        return [(rule_of[key], key[1]) for key in self.keys]
+
+
+def key_bytes(rule: Rule, model: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of a rule's tensors in one layer."""
+    return sum(math.prod(shape) for shape in rule.hf_shapes(model)) * dtype.itemsize
+
+
+def in_files(keys: Sequence[tuple[Rule, int | None]], model: ModelConfig, dtype: torch.dtype) -> list[list[Key]]:
+    """Consecutive keys, MAX_FILE_BYTES at most where one alone is not larger."""
+    files: list[list[Key]] = [[]]
+    filled = 0
+    for rule, layer in keys:
+        size = key_bytes(rule, model, dtype)
+        if files[-1] and filled + size > MAX_FILE_BYTES:
+            files.append([])
+            filled = 0
+        files[-1].append((rule.engine, layer))
+        filled += size
+    return files
+
+
+def head_key(model: ModelConfig) -> Key:
+    """Where a checkpoint has the output layer's rows."""
+    return ((OUTPUT if model.untie_embeddings_and_output_weights else EMBEDDING).engine, None)
+
+
+def run_jobs(function: Callable[[Job], Any], jobs: Sequence[Job], processes: int, title: str) -> list[Any]:
+    """function(job) of each job, in `processes` processes; results in the jobs' order."""
+    total = sum(job.nbytes for job in jobs)
+    results: dict[int, Any] = {}
+    with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None) as bar:
+        for number, result in _results(function, jobs, min(processes, len(jobs))):
+            results[number] = result
+            bar.update(jobs[number].nbytes)
+    return [results[number] for number in range(len(jobs))]
+
+
+def _results(function: Callable[[Job], Any], jobs: Sequence[Job], processes: int):
+    if processes == 1:
+        for number, job in enumerate(jobs):
+            yield number, function(job)
+        return
+    with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
+        yield from pool.imap_unordered(_Numbered(function), enumerate(jobs))
+
+
+@dataclass
+class _Numbered:
+    function: Callable[[Job], Any]
+
+    def __call__(self, numbered: tuple[int, Job]) -> tuple[int, Any]:
+        return numbered[0], self.function(numbered[1])
+
+
+def check_room(folder: Path, jobs: Sequence[Job]) -> None:
+    """Refuse to begin where the disk is too full.
+
+    Raises:
+        ConfigError: with what is needed and what is free.
+    """
+    while not folder.exists():
+        folder = folder.absolute().parent
+    needed, free = sum(job.nbytes for job in jobs) + SPARE_BYTES, shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(f"--save: {needed / 1e9:.1f} GB are needed, {folder} has {free / 1e9:.1f} GB free. Make room first.")
