@@ -11,7 +11,8 @@ COMMANDS = {
     "preprocess": ("gram_engine.data.preprocess:main", "preference files -> .bin/.idx"),
     "data inspect": ("gram_engine.data.inspect:main", "show a packed sample: which tokens carry loss"),
     "convert": ("gram_engine.convert.command:main", "checkpoint -> Hugging Face folder, and back"),
-    "score": ("gram_engine.scoring.scorer:main", "score preference pairs with a Hugging Face folder"),
+    "score": ("gram_engine.scoring.score_file:main", "score preference pairs with a Hugging Face folder"),
+    "rank": ("gram_engine.scoring.score_file:rank_main", "rank lists of responses, or find the best of n"),
     "train-tokenizer": ("gram_engine.train_tokenizer:main", "train a SentencePiece tokenizer on preference files"),
     "demo-data": ("gram_engine.demo:main", "make the demonstration preference data"),
 }

@@ -1,6 +1,8 @@
 """Scorer against a naive computation with transformers, its files, and folders that cannot score."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from gram_engine.data.samples import label_ids
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import CheckpointError, ConfigError
-from gram_engine.scoring.scorer import RewardModelScorer, main
+from gram_engine.scoring.score_file import main, rank_main
+from gram_engine.scoring.scorer import RewardModelScorer
 from tests.conftest import TEMPLATE
 from tests.hf_models import write_hf_model
 
@@ -57,28 +60,142 @@ def naive_rewards(folder) -> list[float]:
     return [0.5 * (label_probabilities(prompt, a, b)[0] + label_probabilities(prompt, b, a)[1]) for prompt, a, b in PAIRS]
 
 
+def rewards_of(scorer, pairs) -> list[float]:
+    return [score.reward_a for score in scorer.score_pairs(pairs)]
+
+
 def test_rewards_equal_a_naive_computation(folder, scorer):
-    found = scorer.score_pairs(PAIRS)
-    assert np.ptp(found["reward_a"]) > 0.01, "rewards must differ for the comparison to mean anything"
-    np.testing.assert_allclose(found["reward_a"], naive_rewards(folder), atol=1e-5)
-    assert not found["truncated"].any()
+    found = list(scorer.score_pairs(PAIRS))
+    rewards = [score.reward_a for score in found]
+    assert np.ptp(rewards) > 0.01, "rewards must differ for the comparison to mean anything"
+    np.testing.assert_allclose(rewards, naive_rewards(folder), atol=1e-5)
+    assert not any(score.truncated for score in found)
+    assert scorer.score(*PAIRS[2]) == pytest.approx(rewards[2], abs=1e-6)
+    assert scorer.compare(*PAIRS[2]).winner == ("a" if rewards[2] > 0.5 else "b")
 
 
-def test_margins_do_not_depend_on_padding_or_batch_mates(scorer):
-    together = scorer.margins(PAIRS, batch_tokens=100_000)
-    np.testing.assert_allclose(scorer.margins(PAIRS, batch_tokens=1), together, atol=1e-5)
-    np.testing.assert_allclose(scorer.margins(PAIRS[::-1], batch_tokens=400)[::-1], together, atol=1e-5)
+@pytest.mark.parametrize("batch_tokens", [1, 400, 100_000])
+def test_margins_do_not_depend_on_batch_mates(batch_tokens, folder, scorer):
+    together = scorer.margins(PAIRS)
+    other = RewardModelScorer.from_pretrained(folder, batch_tokens=batch_tokens)
+    np.testing.assert_allclose(other.margins(PAIRS), together, atol=1e-5)
+    np.testing.assert_allclose(other.margins(PAIRS[::-1])[::-1], together, atol=1e-5)
 
 
 def test_exchanged_responses_give_the_other_reward(scorer):
-    given = scorer.score_pairs(PAIRS)
-    exchanged = scorer.score_pairs([(prompt, b, a) for prompt, a, b in PAIRS])
-    np.testing.assert_allclose(given["reward_a"] + exchanged["reward_a"], 1.0, atol=1e-6)
+    exchanged = rewards_of(scorer, [(prompt, b, a) for prompt, a, b in PAIRS])
+    np.testing.assert_allclose(np.add(rewards_of(scorer, PAIRS), exchanged), 1.0, atol=1e-6)
 
 
 def test_long_responses_are_shortened_and_counted(scorer):
-    found = scorer.score_pairs([PAIRS[0], ("one", "red " * 500, "green")])
-    assert found["truncated"].tolist() == [False, True] and np.isfinite(found["reward_a"]).all()
+    found = list(scorer.score_pairs([PAIRS[0], ("one", "red " * 500, "green")]))
+    assert [score.truncated for score in found] == [False, True] and all(np.isfinite(score.reward_a) for score in found)
+
+
+RESPONSES = ["red " * 3, "quiet river", "green cloud stone", "red red blue", "cloud " * 9, "stone", "a river of stone"]
+
+
+@pytest.mark.parametrize("batch_tokens", [50, 4096])
+def test_a_list_is_ranked_as_pairs_against_the_reference(batch_tokens, folder, scorer):
+    ranking = RewardModelScorer.from_pretrained(folder, batch_tokens=batch_tokens).rank("which one", RESPONSES, reference=2)
+    pairs = [("which one", response, RESPONSES[2]) for response in RESPONSES]
+    wanted = rewards_of(scorer, pairs)
+    wanted[2] = 0.5
+    np.testing.assert_allclose(ranking.rewards, wanted, atol=1e-5)
+    assert ranking.reference == 2 and ranking.order == sorted(range(7), key=lambda number: -ranking.rewards[number])
+    drawn = {scorer.rank("which one", RESPONSES, seed=seed).reference for seed in range(40)}
+    assert drawn == set(range(7)) and scorer.rank("which one", RESPONSES, seed=3) == scorer.rank("which one", RESPONSES, seed=3)
+
+
+def test_best_of_n_by_each_method(scorer):
+    def beats(one, other):
+        return scorer.compare("which one", RESPONSES[one], RESPONSES[other]).reward_a >= 0.5
+
+    champion = 0
+    for challenger in range(1, 7):
+        champion = champion if beats(champion, challenger) else challenger
+    linear = scorer.best_of_n("which one", RESPONSES, "linear")
+    assert (linear.index, linear.comparisons) == (champion, 6)
+
+    def winner(one, other):
+        return one if beats(one, other) else other
+
+    first = [winner(0, 1), winner(2, 3), winner(4, 5), 6]
+    tournament = scorer.best_of_n("which one", RESPONSES, "tournament")
+    final = winner(winner(first[0], first[1]), winner(first[2], first[3]))
+    assert (tournament.index, tournament.comparisons) == (final, 6)
+    reference = scorer.best_of_n("which one", RESPONSES, "reference", seed=5)
+    assert (reference.index, reference.comparisons) == (scorer.rank("which one", RESPONSES, seed=5).order[0], 6)
+
+
+def test_short_lists(scorer):
+    assert scorer.rank("x", ["alone"]).rewards == (0.5,)
+    assert [scorer.best_of_n("x", ["alone"], method).comparisons for method in ("reference", "linear", "tournament")] == [0] * 3
+    for call in (scorer.rank, scorer.best_of_n):
+        with pytest.raises(ConfigError, match="list of responses is empty"):
+            call("x", [])
+    with pytest.raises(ConfigError, match="reference 2 is not one of the 2 responses"):
+        scorer.rank("x", ["a", "b"], reference=2)
+
+
+def test_lists_from_a_file(folder, scorer, tmp_path, capsys):
+    rows = [{"prompt": "which one", "responses": RESPONSES, "reference": 2}, {"prompt": "other", "responses": RESPONSES[:3]}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [str(tmp_path / name) for name in ("in.jsonl", "out.jsonl")]
+    rank_main([*files, "--model", str(folder)])
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    ranking = scorer.rank("which one", RESPONSES, reference=2)
+    np.testing.assert_allclose(lines[0]["rewards"], ranking.rewards, atol=1e-5)
+    assert lines[0]["best"] == ranking.order[0] and [line["comparisons"] for line in lines] == [6, 2]
+    rank_main([*files, "--model", str(folder), "--method", "tournament"])
+    assert "2 lists ranked" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert lines[0]["best"] == scorer.best_of_n("which one", RESPONSES, "tournament").index and "rewards" not in lines[0]
+
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "x", "responses": []}))
+    with pytest.raises(SystemExit):
+        rank_main([*files, "--model", str(folder)])
+    assert "in.jsonl:1: a row must be {prompt, responses: [...]} with at least one response" in capsys.readouterr().err
+
+
+KILLED = """
+import os, sys
+from gram_engine.scoring import score_file, scorer
+run, count = scorer.RewardModelScorer._run, 0
+def die_in_the_third_batch(self, tree):
+    global count
+    count += 1
+    if count == 3:
+        os.kill(os.getpid(), 9)
+    return run(self, tree)
+scorer.RewardModelScorer._run = die_in_the_third_batch
+score_file.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_command_goes_on_where_it_was(folder, scorer, tmp_path, capsys):
+    rows = [{"prompt": prompt, "chosen": a, "rejected": b} for prompt, a, b in PAIRS]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--model", str(folder), "--batch-tokens", "100"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, timeout=100)
+    assert killed.returncode == -9, killed.stderr
+    partial = tmp_path / "out.jsonl.partial"
+    whole = partial.read_text()
+    assert not (tmp_path / "out.jsonl").exists() and 0 < whole.count("\n") < 7
+    partial.write_text(whole + whole[:20])  # a line that was being written
+    main(arguments)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["place"].rpartition(":")[2] for line in lines] == list("1234567")
+    assert json.loads(capsys.readouterr().out)["pairs"] == 7
+    np.testing.assert_allclose([line["reward_a"] for line in lines], rewards_of(scorer, PAIRS), atol=1e-5)
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
+
+    # Lines that were made of something else are not gone on with.
+    subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, timeout=100)
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
+    main(arguments)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose([line["reward_a"] for line in lines], rewards_of(scorer, PAIRS[::-1]), atol=1e-5)
 
 
 def test_files_in_and_out(folder, scorer, tmp_path, capsys):
@@ -89,7 +206,7 @@ def test_files_in_and_out(folder, scorer, tmp_path, capsys):
     main([*files, "--model", str(folder), "--report", str(tmp_path / "report.json")])
 
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    rewards = scorer.score_pairs(PAIRS)["reward_a"]
+    rewards = np.array(rewards_of(scorer, PAIRS))
     np.testing.assert_allclose([line["reward_a"] for line in lines], rewards, atol=1e-5)
     np.testing.assert_allclose([line["reward_b"] for line in lines], 1.0 - rewards, atol=1e-5)
     assert [line["preference"] for line in lines] == [None] + [1.0] * 6
@@ -113,13 +230,13 @@ def test_folders_that_cannot_score_are_named(folder, tmp_path):
     tensors = load_file(weights)
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="margins are not finite"):
-        RewardModelScorer.from_pretrained(broken).margins(PAIRS[:1])
+    with pytest.raises(CheckpointError, match="final_layernorm.weight holds NaN or infinity"):
+        RewardModelScorer.from_pretrained(broken)
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match="broken: the model cannot be loaded"):
+    with pytest.raises(CheckpointError, match="model.safetensors: not a whole safetensors file"):
         RewardModelScorer.from_pretrained(broken)
     shutil.copy(folder / "model.safetensors", weights)
     gram = json.loads((broken / "gram_config.json").read_text())
     (broken / "gram_config.json").write_text(json.dumps({**gram, "label_ids": [5, 99999]}))
-    with pytest.raises(ConfigError, match=r"label_ids \[5, 99999\] lie outside the vocabulary of \d+ tokens"):
+    with pytest.raises(ConfigError, match=r"label_ids \[5, 99999\] lie outside the vocabulary of \d+"):
         RewardModelScorer.from_pretrained(broken)

@@ -28,13 +28,18 @@ class HuggingFaceFolder:
         else:
             raise CheckpointError(f"{folder}: neither {INDEX} nor {SINGLE} is here. The weights must be safetensors.")
 
-    def check(self, model: ModelConfig) -> torch.dtype:
+    def check(self, model: ModelConfig, other_head: str | None = None) -> torch.dtype:
         """Compare names and shapes with what `model` needs, before any weight is read; returns the dtype of the weights.
+
+        `other_head` is the one tensor that stands for the output layer, where that has been replaced.
 
         Raises:
             CheckpointError: names every tensor that is missing or has no place, or the first of another shape.
         """
         wanted = hf_shapes(model)
+        if other_head:
+            wanted.pop(OUTPUT.hf[0], None)
+            wanted[other_head] = (1, model.hidden_size)
         # Old conversions stored the rotary frequencies; with tied embeddings some folders repeat the output layer.
         extra = {
             name

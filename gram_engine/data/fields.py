@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any, Optional, Sequence
 
 from gram_engine.config import DataConfig
-from gram_engine.data.schema import Pair, Verbatim, dialogue_text, message_of
+from gram_engine.data.schema import Pair, ResponseList, Verbatim, dialogue_text, message_of
 
 PROMPT_NAMES = ("prompt", "question", "instruction", "query", "context", "messages", "conversations", "conversation", "input")
 CHOSEN_NAMES = ("chosen", "chosen_response", "response_chosen", "chosen_messages", "response_j", "preferred_response")
@@ -58,6 +58,38 @@ def row_to_samples(row: Any, data: DataConfig, place: str) -> list[Pair | Verbat
         return _convert(row, data, place)
     except ValueError as error:
         raise BadRow(f"{error}.") from None
+
+
+def row_to_list(row: Any, data: DataConfig, place: str) -> list[ResponseList]:
+    """The list of responses that a raw row holds, in its `responses` (or `completions`) field; no ranks are needed.
+
+    Raises:
+        BadRow: a field is missing or empty, or `reference` names no response.
+    """
+    entries = row.get("responses", row.get("completions")) if isinstance(row, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise BadRow("a row must be {prompt, responses: [...]} with at least one response.")
+    name = _prompt_name(row, data, exclude=("responses", "completions"))
+    if name is None:
+        raise BadRow("field 'prompt' is missing. Add it, or name it with --prompt-key.")
+    reference = row.get("reference")
+    if reference is not None and not (type(reference) is int and 0 <= reference < len(entries)):
+        raise BadRow(f"reference is {reference!r}. It must be the number of one of the {len(entries)} responses, from 0.")
+    try:
+        context = _context(row, name)
+        texts = [_response(_completion_text(entry), f"responses[{number}]", context) for number, entry in enumerate(entries)]
+    except ValueError as error:
+        raise BadRow(f"{error}.") from None
+    prompt = dialogue_text(context)
+    _refuse_empty(prompt=prompt, **{f"responses[{number}]": text for number, text in enumerate(texts)})
+    return [ResponseList(prompt, tuple(texts), reference, place)]
+
+
+def _completion_text(entry: Any) -> Any:
+    """What a list's entry says, where it is an object such as {completion, rank} and not a message."""
+    if isinstance(entry, dict) and "role" not in entry and "from" not in entry:
+        return next((entry[key] for key in ("completion", "response", "text", "content") if key in entry), None)
+    return entry
 
 
 def _convert(row: dict, data: DataConfig, place: str) -> list[Pair | Verbatim]:
@@ -139,7 +171,7 @@ def _ranked(row, data, weight: float, place: str) -> list[Pair]:
         if any(not isinstance(entry, dict) or "rank" not in entry for entry in entries):
             raise BadRow("each entry of 'completions' must be an object with completion and rank. Lower is better.")
         ranks = [entry["rank"] for entry in entries]
-        entries = [next((e[k] for k in ("completion", "response", "text", "content") if k in e), None) for e in entries]
+        entries = [_completion_text(entry) for entry in entries]
     if len(entries) < 2:
         raise BadRow(f"field '{what}' holds {len(entries)} response. A comparison needs at least two.")
     if any(isinstance(rank, bool) or not isinstance(rank, (int, float)) for rank in ranks):

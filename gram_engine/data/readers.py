@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import gzip
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional, Sequence
+from typing import Any, Callable, Iterator, Optional, Sequence, TypeVar
 
 from gram_engine.config import DataConfig
 from gram_engine.data.fields import BadRow, row_to_samples
@@ -17,12 +18,20 @@ from gram_engine.data.schema import Pair, Verbatim
 from gram_engine.data.sources import hub_rows, is_hub_name, source_is_there
 from gram_engine.errors import DataError
 
+T = TypeVar("T")
 OnReject = Callable[[DataError, Any], None]
 """Called with the error and the raw row (or line) of each bad row, instead of stopping."""
 
 
 def read_rows(paths: Sequence[str | Path], data: DataConfig, on_reject: Optional[OnReject] = None) -> Iterator[Pair | Verbatim]:
-    """All comparisons of the files, in order; a ranked list of K responses gives its K(K-1)/2 pairs.
+    """All comparisons of the files, in order; a ranked list of K responses gives its K(K-1)/2 pairs. Raises as `read_items`."""
+    return read_items(paths, partial(row_to_samples, data=data), on_reject)
+
+
+def read_items(
+    paths: Sequence[str | Path], convert: Callable[..., list[T]], on_reject: Optional[OnReject] = None
+) -> Iterator[T]:
+    """What `convert(row, place=)` makes of each row of the files, in order.
 
     Raises:
         DataError: a file is missing, empty or unreadable; or, without `on_reject`, a row is bad ("file:line: what; remedy").
@@ -38,16 +47,16 @@ def read_rows(paths: Sequence[str | Path], data: DataConfig, on_reject: Optional
             try:
                 if isinstance(row, BadRow):
                     raise row
-                samples = row_to_samples(row, data, place)
+                items = convert(row, place=place)
             except BadRow as problem:
                 error = DataError(f"{place}: {problem}")
                 if on_reject is None:
                     raise error from None
                 on_reject(error, None if isinstance(row, BadRow) else row)
                 continue
-            yield from samples
+            yield from items
         if empty:
-            raise DataError(f"{path}: no rows. Give a file with one preference pair a line.")
+            raise DataError(f"{path}: no rows. Give a file with one row a line.")
 
 
 def _raw_rows(path: Path) -> Iterator[tuple[int, Any]]:

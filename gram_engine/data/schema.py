@@ -34,6 +34,16 @@ class Verbatim:
     place: str = ""
 
 
+@dataclass(frozen=True)
+class ResponseList:
+    """Responses to one prompt, to be ranked; `reference` is the number of the one they are judged against, if the data says."""
+
+    prompt: str
+    responses: tuple[str, ...]
+    reference: int | None = None
+    place: str = ""
+
+
 # Names of the speakers in the many spellings of chat data; what is not listed keeps its own name.
 _ROLES = {
     "user": "Human",

@@ -162,6 +162,8 @@ def _load_hugging_face(path: Path):
         raise ConfigError(f"--tokenizer-model {path}: not a Hugging Face tokenizer folder ({reason}).") from None
     if not hf.is_fast:
         raise ConfigError(f"--tokenizer-model {path}: the tokenizer has no fast version (tokenizer.json).")
+    for how_it_was_loaded in ("is_local", "local_files_only"):
+        hf.init_kwargs.pop(how_it_was_loaded, None)
     return hf
 
 

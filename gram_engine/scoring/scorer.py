@@ -1,207 +1,211 @@
-"""Scores preference pairs with an exported Hugging Face folder: Eq. 3 over both orders. Needs transformers, not megatron."""
+"""Rewards from an exported folder: Eq. 3 over both orders, for pairs, lists and best-of-n."""
 
 from __future__ import annotations
 
 import json
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Optional, Sequence
+from typing import Iterable, Iterator, Literal, Optional, Sequence
 
 import numpy as np
 import torch
-import tyro
-from safetensors import SafetensorError
-from tqdm import tqdm
 
-from gram_engine.config import DataConfig, fail
-from gram_engine.convert.companions import PAIR_LOGIT
-from gram_engine.data.readers import read_rows
+from gram_engine.convert.companions import GRAM_CONFIG
 from gram_engine.data.samples import Sample, judge_sample
-from gram_engine.data.schema import Pair
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
-from gram_engine.errors import CheckpointError, ConfigError, DataError, GramError
-from gram_engine.fileio import write_atomically
-from gram_engine.scoring.metrics import pair_metrics, reward_of_first
+from gram_engine.errors import ConfigError
+from gram_engine.scoring.judge_model import JudgeModel
+from gram_engine.scoring.metrics import reward_of_first
+from gram_engine.scoring.token_tree import TokenTree
+
+Comparison = tuple[str, str, str]
+"""(prompt, response shown as A, response shown as B)."""
+Method = Literal["reference", "linear", "tournament"]
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+
+
+@dataclass(frozen=True)
+class PairScore:
+    """Both orders of one pair."""
+
+    reward_a: float
+    """Eq. 3: reward of a against b, in [0, 1]; that of b is 1 - reward_a."""
+    margin: float
+    """Z_A - Z_B with a shown first."""
+    exchanged_margin: float
+    """Z_A - Z_B with b shown first."""
+    truncated: bool
+    """Whether prompt or responses were shortened to fit the model's sequence length."""
+
+    @property
+    def winner(self) -> Optional[str]:
+        """"a" or "b", or None for a tie (Eq. 9: a reward of exactly one half)."""
+        return None if self.reward_a == 0.5 else "a" if self.reward_a > 0.5 else "b"
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Responses to one prompt, judged against one of them (section 4.4)."""
+
+    rewards: tuple[float, ...]
+    """Eq. 3 against the reference; the reference's own is 1/2."""
+    reference: int
+
+    @property
+    def order(self) -> list[int]:
+        """Numbers of the responses, best first; the earlier of equals first."""
+        return sorted(range(len(self.rewards)), key=lambda number: -self.rewards[number])
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best of n responses, and how many comparisons (both orders each) it took to find it."""
+
+    index: int
+    comparisons: int
 
 
 class RewardModelScorer:
     """A reward model in a Hugging Face folder, with the template and the label tokens it was trained with."""
 
-    def __init__(self, model, tokenizer: Tokenizer, gram: dict):
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.template = JudgeTemplate.from_dict(gram["template"], "gram_config.json")
+    def __init__(self, model: JudgeModel, tokenizer: Tokenizer, gram: dict, batch_tokens: Optional[int] = None):
+        self.model, self.tokenizer = model, tokenizer
+        self.template = JudgeTemplate.from_dict(gram["template"], GRAM_CONFIG)
         self.max_tokens = gram["seq_length"]
-        if gram.get("head") == PAIR_LOGIT:
-            self.direction = self.model.score.weight[0].float().detach()
-        else:
-            row_a, row_b = (self.model.lm_head.weight[token] for token in gram["label_ids"])
-            self.direction = (row_a.float() - row_b.float()).detach()
+        self.batch_tokens = batch_tokens or BATCH_TOKENS[model.device.type]
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: str = "auto", device: Optional[str] = None) -> RewardModelScorer:
+    def from_pretrained(
+        cls, folder: str | Path, dtype: str = "auto", device: Optional[str] = None, batch_tokens: Optional[int] = None
+    ) -> RewardModelScorer:
         """Load an exported folder; on a GPU where there is one.
 
-        Raises:
-            ConfigError: the folder is not an export of this engine.
-            CheckpointError: its weights are missing or damaged.
-        """
-        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+        Args:
+            dtype: of the weights, as torch names it; "auto": as stored.
+            batch_tokens: tokens that run at once; None: 4,096 on a CPU, 65,536 on a GPU.
 
-        path = Path(folder) / "gram_config.json"
+        Raises:
+            ConfigError: the folder is not an export of this engine, or its parts do not fit together.
+            CheckpointError: its weights are missing, damaged or not finite.
+        """
+        path = Path(folder) / GRAM_CONFIG
         if not path.is_file():
             raise ConfigError(f"{path}: no such file. --model needs a folder written by `gram convert`.")
-        gram = json.loads(path.read_text(encoding="utf-8"))
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        auto = AutoModelForSequenceClassification if gram.get("head") == PAIR_LOGIT else AutoModelForCausalLM
         try:
-            model = auto.from_pretrained(folder, dtype=dtype).to(device)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder}: the model cannot be loaded: {error}") from error
-        rows = model.get_input_embeddings().weight.shape[0]
-        if max(gram["label_ids"]) >= rows:
-            raise ConfigError(f"{path}: label_ids {gram['label_ids']} lie outside the vocabulary of {rows} tokens.")
-        return cls(model, Tokenizer.load("HuggingFaceTokenizer", folder), gram)
+            gram = json.loads(path.read_text(encoding="utf-8"))
+            labels = tuple(gram["label_ids"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: not what `gram convert` writes ({error!r}). Convert the checkpoint again.") from None
+        tokenizer = Tokenizer.load("HuggingFaceTokenizer", folder)
+        model = JudgeModel(folder, labels, dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(model, tokenizer, gram, batch_tokens)
 
-    def margins(self, comparisons: Sequence[tuple[str, str, str]], batch_tokens: int = 16384) -> np.ndarray:
-        """Z_A - Z_B of each (prompt, response shown as A, response shown as B), [comparisons] float64.
+    def score(self, prompt: str, response: str, reference: str) -> float:
+        """Reward of a response against a reference, in [0, 1] (Eq. 3)."""
+        return self.compare(prompt, response, reference).reward_a
 
-        Comparisons run sorted by length in batches of at most `batch_tokens` padded tokens; padding stands behind the
-        text, where causal attention cannot see it.
+    def compare(self, prompt: str, response_a: str, response_b: str) -> PairScore:
+        """Both orders of one pair."""
+        return next(self.score_pairs([(prompt, response_a, response_b)]))
+
+    def score_pairs(self, pairs: Iterable[Comparison]) -> Iterator[PairScore]:
+        """Both orders of each (prompt, response_a, response_b), in order; batches are read and run as results are taken."""
+        for margins, truncated in self._judge(_both_orders(pairs)):
+            yield PairScore(float(reward_of_first(*margins)), *map(float, margins), any(truncated))
+
+    def margins(self, comparisons: Iterable[Comparison]) -> np.ndarray:
+        """Z_A - Z_B of each comparison in the order given: [comparisons] float64."""
+        found = [margins for margins, _ in self._judge([comparison] for comparison in comparisons)]
+        return np.concatenate(found) if found else np.empty(0)
+
+    def rank(self, prompt: str, responses: Sequence[str], reference: Optional[int] = None, seed: int = 0) -> Ranking:
+        """Rewards of all responses against one of them: number `reference`, or one drawn at random with `seed`.
 
         Raises:
-            CheckpointError: the model's weights give no finite margin.
+            ConfigError: the list is empty, or `reference` is not in it.
         """
-        return self._margins(self._samples(comparisons), batch_tokens)
+        _refuse_empty_list(responses)
+        if reference is None:
+            reference = int(np.random.default_rng(seed).integers(len(responses)))
+        if not 0 <= reference < len(responses):
+            raise ConfigError(f"reference {reference} is not one of the {len(responses)} responses, counted from 0.")
+        others = [number for number in range(len(responses)) if number != reference]
+        # All that begins alike in one group, which shares it: prompt and reference, then prompt alone.
+        group = [(prompt, responses[reference], responses[number]) for number in others]
+        group += [(prompt, responses[number], responses[reference]) for number in others]
+        margins = next(self._judge([group]))[0] if others else np.empty(0)
+        rewards = np.full(len(responses), 0.5)
+        rewards[others] = reward_of_first(margins[len(others) :], margins[: len(others)])
+        return Ranking(tuple(rewards.tolist()), reference)
 
-    def score_pairs(self, pairs: Iterable[tuple[str, str, str]], batch_tokens: int = 16384) -> dict[str, np.ndarray]:
-        """Both orders of each (prompt, response_a, response_b).
+    def best_of_n(self, prompt: str, responses: Sequence[str], method: Method = "reference", seed: int = 0) -> Best:
+        """The best response, by n - 1 comparisons whichever the method.
 
-        Returns:
-            margins, exchanged_margins: Z_A - Z_B with a, and with b, shown first; reward_a: Eq. 3, the reward of a against
-            b in [0, 1] (that of b is 1 - reward_a), all [pairs] float64; truncated: [pairs] bool, whether the responses or
-            the prompt were shortened to fit the model's sequence length.
+        Args:
+            method: "reference" takes the highest reward against one response (drawn with `seed`), all at once; "linear"
+                lets the best so far meet the next; "tournament" lets neighbours meet, and the winners of a round in the
+                next, each round at once.  In the latter two the earlier response stays where a comparison is even.
+
+        Raises:
+            ConfigError: the list is empty.
         """
-        pairs = list(pairs)
-        samples = self._samples([*pairs, *((prompt, b, a) for prompt, a, b in pairs)])
-        both = self._margins(samples, batch_tokens)
-        margins, exchanged_margins = both[: len(pairs)], both[len(pairs) :]
-        return {
-            "margins": margins,
-            "exchanged_margins": exchanged_margins,
-            "reward_a": reward_of_first(margins, exchanged_margins),
-            "truncated": np.array([sample.truncated for sample in samples[: len(pairs)]], dtype=bool),
-        }
+        _refuse_empty_list(responses)
+        if method == "reference":
+            return Best(self.rank(prompt, responses, seed=seed).order[0], len(responses) - 1)
+        standing = list(range(len(responses)))
+        while len(standing) > 1:
+            met = standing[:2] if method == "linear" else standing[: len(standing) // 2 * 2]
+            games = list(zip(met[::2], met[1::2]))
+            scores = self.score_pairs([(prompt, responses[one], responses[other]) for one, other in games])
+            winners = [other if score.winner == "b" else one for (one, other), score in zip(games, scores, strict=True)]
+            standing = winners + standing[len(met) :]
+        return Best(standing[0], len(responses) - 1)
 
-    def _samples(self, comparisons: Sequence[tuple[str, str, str]]) -> list[Sample]:
-        layouts = (self.template.judge_layout(*comparison) for comparison in comparisons)
-        return [judge_sample(self.tokenizer, layout, self.max_tokens, "truncate") for layout in layouts]
+    def _judge(self, groups: Iterable[Sequence[Comparison]]) -> Iterator[tuple[np.ndarray, list[bool]]]:
+        """(margins, truncated) of each group of comparisons, in order; a group shares what its texts begin with alike."""
+        waiting: deque[list[Sample]] = deque()
+        tree, margins = TokenTree(), np.empty(0)
+        for group in groups:
+            waiting.append([self._sample(comparison) for comparison in group])
+            for piece in _pieces(waiting[-1], 2 * self.batch_tokens):
+                tree.add([sample.tokens for sample in piece])
+                if tree.size >= self.batch_tokens:
+                    margins, tree = np.append(margins, self._run(tree)), TokenTree()
+            while waiting and len(waiting[0]) <= len(margins):
+                samples = waiting.popleft()
+                yield margins[: len(samples)], [sample.truncated for sample in samples]
+                margins = margins[len(samples) :]
+        margins = np.append(margins, self._run(tree)) if tree.leaves else margins
+        for samples in waiting:
+            yield margins[: len(samples)], [sample.truncated for sample in samples]
+            margins = margins[len(samples) :]
 
-    def _margins(self, samples: list[Sample], batch_tokens: int) -> np.ndarray:
-        sequences = [sample.tokens for sample in samples]
-        order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
-        found = np.empty(len(sequences))
-        with tqdm(total=len(sequences), unit=" judgements", disable=None, leave=False) as bar:
-            for batch in _batches(order, sequences, batch_tokens):
-                found[batch] = self._forward([sequences[index] for index in batch])
-                bar.update(len(batch))
-        if not np.isfinite(found).all():
-            raise CheckpointError(f"{self.model.name_or_path}: margins are not finite; its weights hold NaN or infinity.")
-        return found
+    def _sample(self, comparison: Comparison) -> Sample:
+        return judge_sample(self.tokenizer, self.template.judge_layout(*comparison), self.max_tokens, "truncate")
 
-    @torch.inference_mode()
-    def _forward(self, sequences: list[list[int]]) -> np.ndarray:
-        device = self.direction.device
-        longest = max(map(len, sequences))
-        tokens = torch.zeros(len(sequences), longest, dtype=torch.long)
-        mask = torch.zeros_like(tokens)
-        for row, sequence in enumerate(sequences):
-            tokens[row, : len(sequence)] = torch.tensor(sequence)
-            mask[row, : len(sequence)] = 1
-        hidden = self.model.model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False)
-        last = hidden.last_hidden_state[torch.arange(len(sequences)), mask.sum(dim=1) - 1]
-        return (last.float() @ self.direction).double().cpu().numpy()
+    def _run(self, tree: TokenTree) -> np.ndarray:
+        return self.model.margins(tree).double().cpu().numpy()
 
 
-def _batches(order: list[int], sequences: list[list[int]], batch_tokens: int) -> Iterable[list[int]]:
-    """Neighbours in length, so that padding to the longest (the last) stays within `batch_tokens`."""
-    batch: list[int] = []
-    for index in order:
-        if batch and (len(batch) + 1) * len(sequences[index]) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+def _pieces(samples: list[Sample], most: int) -> Iterator[list[Sample]]:
+    """Neighbours, of `most` tokens together where one alone has not more."""
+    piece, size = [], 0
+    for sample in samples:
+        if piece and size + len(sample.tokens) > most:
+            yield piece
+            piece, size = [], 0
+        piece.append(sample)
+        size += len(sample.tokens)
+    yield piece
 
 
-@dataclass
-class ScoreArguments:
-    """Score the pairs of a preference file: the reward of each response against the other (Eq. 3)."""
-
-    input: tyro.conf.Positional[str]
-    """Preference file in any format that training reads."""
-    output: tyro.conf.Positional[str]
-    """JSONL to write, a line per pair: place, reward_a, reward_b, the margins of both orders, truncated, preference."""
-    model: str
-    """Folder written by `gram convert`."""
-    report: Optional[str] = None
-    """Also write the printed figures (accuracy over labelled pairs, swap consistency ...) to this JSON file."""
-    dtype: str = "auto"
-    """Dtype of the weights: auto (as stored), float32, bfloat16."""
-    batch_tokens: int = 16384
-    """Padded tokens in one batch."""
+def _both_orders(pairs: Iterable[Comparison]) -> Iterator[list[Comparison]]:
+    for prompt, a, b in pairs:
+        yield [(prompt, a, b), (prompt, b, a)]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line of tools/score.py and `gram score`."""
-    arguments = tyro.cli(ScoreArguments, args=argv, prog="gram score")
-    try:
-        report = score_file(arguments)
-    except GramError as error:
-        fail(error)
-    print(json.dumps(report, indent=1))
-
-
-def score_file(arguments: ScoreArguments) -> dict[str, float | None]:
-    """Score a file; returns the metrics over its pairs.
-
-    Raises:
-        DataError, ConfigError: the file or the model folder cannot be used.
-    """
-    pairs = list(read_rows([arguments.input], DataConfig()))
-    for pair in pairs:
-        if not isinstance(pair, Pair):
-            raise DataError(f"{pair.place}: a ready-made row; scoring needs prompt and two responses in fields of their own.")
-    scorer = RewardModelScorer.from_pretrained(arguments.model, arguments.dtype)
-    texts = [(pair.prompt, pair.response_a, pair.response_b) for pair in pairs]
-    scores = scorer.score_pairs(texts, arguments.batch_tokens)
-    preference = np.array([pair.preference for pair in pairs])
-    with write_atomically(arguments.output) as handle:
-        for row, pair in enumerate(pairs):
-            line = {
-                "place": pair.place,
-                "reward_a": float(scores["reward_a"][row]),
-                "reward_b": 1.0 - float(scores["reward_a"][row]),
-                "margin": float(scores["margins"][row]),
-                "exchanged_margin": float(scores["exchanged_margins"][row]),
-                "truncated": bool(scores["truncated"][row]),
-                "preference": None if np.isnan(preference[row]) else float(preference[row]),
-            }
-            handle.write(json.dumps(line) + "\n")
-    report = _report(scores, preference)
-    if arguments.report:
-        with write_atomically(arguments.report) as handle:
-            json.dump(report, handle, indent=1)
-    return report
-
-
-def _report(scores: dict[str, np.ndarray], preference: np.ndarray) -> dict[str, float | None]:
-    """`pair_metrics` and the number of shortened pairs; None (JSON's null) for a figure over nothing."""
-    number, orders = np.arange(len(preference)), np.repeat([0, 1], len(preference))
-    margins = np.concatenate([scores["margins"], scores["exchanged_margins"]])
-    shown = np.concatenate([preference, 1.0 - preference])
-    metrics = pair_metrics(np.tile(number, 2), orders, margins, shown)
-    report = {name: None if np.isnan(value) else value for name, value in metrics.items()}
-    return {**report, "truncated": int(scores["truncated"].sum())}
+def _refuse_empty_list(responses: Sequence[str]) -> None:
+    if not responses:
+        raise ConfigError("the list of responses is empty: there is nothing to rank.")
