@@ -13,6 +13,7 @@ COMMANDS = {
     "convert": ("gram_engine.convert.command:main", "checkpoint -> Hugging Face folder, and back"),
     "score": ("gram_engine.scoring.score_file:main", "score preference pairs with a Hugging Face folder"),
     "rank": ("gram_engine.scoring.score_file:rank_main", "rank lists of responses, or find the best of n"),
+    "evaluate": ("gram_engine.evaluation.evaluate:main", "RewardBench, RM-Bench, JudgeBench, HHH or own pairs: a report"),
     "train-tokenizer": ("gram_engine.train_tokenizer:main", "train a SentencePiece tokenizer on preference files"),
     "demo-data": ("gram_engine.demo:main", "make the demonstration preference data"),
 }
