@@ -25,6 +25,6 @@ for run in alone both; do
     $bin/gram convert --load "$out/$run" --save "$out/$run-hf"
     for test in "$@"; do
         name=$(basename "$test" .jsonl)
-        $bin/gram score "$test" "$out/$run-$name.jsonl" --model "$out/$run-hf" --report "$out/$run-$name.json"
+        $bin/gram evaluate "$test" --model "$out/$run-hf" --output-dir "$out/$run-$name" --dtype float32
     done
 done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -63,7 +64,9 @@ def measurements(options: Benchmark, folder: Path) -> list[Row]:
         CheckpointError: the round trip changed a tensor.
     """
     model = model_of(f"--model {options.model}")
-    size = write_random_folder(folder / "hf", model, torch.bfloat16)
+    # In a process of its own: a command's peak counts from the size of the process that starts it.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        size = pool.apply(write_random_folder, (folder / "hf", model, torch.bfloat16))
     Tokenizer.load("auto", options.tokenizer_model).save_pretrained(folder / "hf")
     convert = [sys.executable, "-m", "gram_engine.cli", "convert", "--processes", str(options.processes)]
     to_engine = ["--from", "hf", "--load", folder / "hf", "--save", folder / "run", "--template", options.template]

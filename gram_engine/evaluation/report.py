@@ -38,7 +38,8 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 .tiles li { background: var(--soft); border-radius: .5rem; padding: .6rem 1rem; min-width: 7rem; }
 .tiles b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: bottom; }
+td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
 .plots img { width: 100%; background: #fff; border-radius: .5rem; }
@@ -165,8 +166,7 @@ def _plot_subsets(subsets: dict[str, dict[str, Any]]) -> bytes:
         axes.plot(figures["accuracy"], row, "o", color=BLUE)
         axes.plot(figures["longer_wins"], row, "|", color=ORANGE, markersize=11, markeredgewidth=2)
     axes.axvline(0.5, color=GREY, linewidth=0.8, linestyle="--")
-    axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1), xlabel="accuracy")
-    axes.invert_yaxis()
+    axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1), ylim=(len(names) - 0.5, -0.5), xlabel="accuracy")
     return _png(figure)
 
 
