@@ -240,3 +240,18 @@ def test_folders_that_cannot_score_are_named(folder, tmp_path):
     (broken / "gram_config.json").write_text(json.dumps({**gram, "label_ids": [5, 99999]}))
     with pytest.raises(ConfigError, match=r"label_ids \[5, 99999\] lie outside the vocabulary of \d+"):
         RewardModelScorer.from_pretrained(broken)
+    (broken / "gram_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="gram_config.json: not what `gram convert` writes"):
+        RewardModelScorer.from_pretrained(broken)
+    (broken / "gram_config.json").write_text(json.dumps({**gram, "seq_length": 20}))
+    with pytest.raises(ConfigError, match="--seq-length 20 is too short for the judge template"):
+        RewardModelScorer.from_pretrained(broken).compare(*PAIRS[0])
+    (broken / "gram_config.json").write_text(json.dumps(gram))
+    index = {"weight_map": dict.fromkeys(tensors, "model-1.safetensors")}
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="model-1.safetensors: no such file. Download the folder again"):
+        RewardModelScorer.from_pretrained(broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    with pytest.raises(ConfigError, match="model_type is 'gpt2'; the engine reads 'llama' and 'qwen3'"):
+        RewardModelScorer.from_pretrained(broken)

@@ -76,3 +76,16 @@ def test_margins_equal_transformers(kind, tied, tmp_path):
         alone.add([text])
     assert all(parent < 0 for parent in alone.parents)
     np.testing.assert_allclose(judge.margins(alone).numpy(), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama3-8", "qwen3"])
+def test_bfloat16_errs_no_more_than_transformers_does(kind, tmp_path):
+    model = write_hf_model(tmp_path, 97, False, kind, torch.bfloat16)
+    generator = torch.Generator().manual_seed(4)
+    texts = [torch.randint(0, 97, (120,), generator=generator).tolist() for _ in range(12)]
+    wanted = JudgeModel(tmp_path, (11, 12), "float32").margins(TokenTree.of(texts))
+    with torch.no_grad():
+        logits = model(torch.tensor(texts)).logits[:, -1].float()
+    theirs = (logits[:, 11] - logits[:, 12] - wanted).norm()
+    ours = (JudgeModel(tmp_path, (11, 12)).margins(TokenTree.of(texts)) - wanted).norm()
+    assert 0 < ours <= 1.5 * theirs

@@ -22,7 +22,7 @@ from gram_engine.convert.companions import GRAM_CONFIG
 from gram_engine.data.readers import read_rows
 from gram_engine.errors import GramError
 from gram_engine.scoring.metrics import reward_of_first
-from gram_engine.scoring.scorer import RewardModelScorer
+from gram_engine.scoring.scorer import Dtype, RewardModelScorer
 
 OURS = "gram_engine"
 NAIVE = "transformers, padded batches, full logits"
@@ -49,7 +49,7 @@ class Benchmark:
     """Responses in a list."""
     batch_size: int = 8
     """Texts in a batch of the loop with transformers."""
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     """Dtype of the weights; auto: as stored."""
     repeats: int = 3
     """Timed calls; the median counts."""

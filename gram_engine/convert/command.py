@@ -36,7 +36,7 @@ class ConvertArguments:
     template: str = "gram-code"
     """To engine: judge prompt of the checkpoint: gram-code, gram-paper, or a YAML file."""
     evaluation: Optional[str] = None
-    """To hf: report of `gram score --report` whose figures the model card shows."""
+    """To hf: report of `gram score --report` or `gram evaluate` whose figures the model card shows."""
     tensor_model_parallel_size: int = 1
     """Without effect, for scripts that give it: a checkpoint of the engine loads at every layout."""
     processes: int = 1

@@ -83,7 +83,9 @@ def read_evaluation(file: str) -> dict[str, Any]:
         ConfigError: it is not one.
     """
     try:
-        return {name: value for name, value in _read_json(Path(file), missing=False).items() if isinstance(value, (int, float))}
+        report = _read_json(Path(file), missing=False)
+        figures = {**report.get("figures", {}), **report}
+        return {name: value for name, value in figures.items() if isinstance(value, (int, float))}
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"--evaluation {file}: not a JSON report of `gram score` ({error}).") from None
 

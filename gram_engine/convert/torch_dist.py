@@ -81,7 +81,9 @@ class TorchDistCheckpoint:
         return whole
 
     def _read(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
-        stored = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+        stored = self._metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+        if stored is None:
+            raise CheckpointError(f"{self.path}: its .metadata does not say where {key} lies. Use another checkpoint.")
         path = self.path / stored.relative_path
         try:
             if path.parent != self.path:

@@ -20,7 +20,7 @@ from gram_engine.evaluation.statistics import describe, rewards_of
 from gram_engine.evaluation.suites import SUITES, Game, read_games
 from gram_engine.fileio import write_atomically
 from gram_engine.scoring.resumable import ResumableLines, origin
-from gram_engine.scoring.scorer import RewardModelScorer
+from gram_engine.scoring.scorer import Dtype, RewardModelScorer
 
 
 @dataclass
@@ -37,8 +37,8 @@ class EvaluateArguments:
     """auto (by the first row), pairs, reward-bench, reward-bench-2, hhh, judge-bench, rm-bench."""
     limit: Optional[int] = None
     """Judge the first so many pairs only; the report says so."""
-    dtype: str = "auto"
-    """Dtype of the weights: auto (as stored), float32, bfloat16."""
+    dtype: Dtype = "auto"
+    """Dtype of the weights; auto: as stored."""
     batch_tokens: Optional[int] = None
     """Tokens that run at once; default: 4,096 on a CPU, 65,536 on a GPU."""
 

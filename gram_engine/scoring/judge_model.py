@@ -70,22 +70,18 @@ class JudgeModel:
         for rule, layer in rules(self.config):
             if rule is not OUTPUT:
                 parts = [source.read(name) for name in rule.hf_names(layer)]
-                self.weights[rule.engine, layer] = self._checked(rule.join(parts, self.config), folder, rule.engine, layer)
+                joined = rule.join(parts, self.config)
+                where = f"{folder}: {rule.engine}{'' if layer is None else f' of layer {layer}'}"
+                self.weights[rule.engine, layer] = _finite(joined, where).to(self.device, self.dtype)
         if has_score:
             direction = source.read(SCORE)[0].float()
         else:
             name = (OUTPUT if self.config.untie_embeddings_and_output_weights else EMBEDDING).hf[0]
             row_a, row_b = (source.read(name, (token, token + 1))[0].to(self.dtype).float() for token in label_ids)
             direction = row_a - row_b
-        self.direction = self._checked(direction, folder, "output rows", None).float()
+        self.direction = _finite(direction, f"{folder}: the labels' output rows").to(self.device)
         self._mask = torch.empty(0, 0)
         self.inverse_frequencies = _inverse_frequencies(self.config).to(self.device)
-
-    def _checked(self, tensor: Tensor, folder: str | Path, name: str, layer: int | None) -> Tensor:
-        if not torch.isfinite(tensor).all():
-            where = "" if layer is None else f" of layer {layer}"
-            raise CheckpointError(f"{folder}: {name}{where} holds NaN or infinity. Export another checkpoint.")
-        return tensor.to(self.device, self.dtype)
 
     @torch.inference_mode()
     def margins(self, tree: TokenTree) -> Tensor:
@@ -176,6 +172,12 @@ class JudgeModel:
             keys=keys,
             text_keys=[keys[leaf] for leaf in tree.leaves],
         )
+
+
+def _finite(tensor: Tensor, what: str) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{what} holds NaN or infinity. Export another checkpoint.")
+    return tensor
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from gram_engine.errors import DataError, GramError
 from gram_engine.fileio import write_atomically
 from gram_engine.scoring.metrics import pair_metrics
 from gram_engine.scoring.resumable import ResumableLines, origin
-from gram_engine.scoring.scorer import Best, Method, RewardModelScorer
+from gram_engine.scoring.scorer import Best, Dtype, Method, RewardModelScorer
 
 T = TypeVar("T")
 
@@ -34,8 +34,8 @@ class ModelArguments:
     """JSONL to write, a line for each row. A killed command that is given again goes on where it was."""
     model: str
     """Folder written by `gram convert`."""
-    dtype: str = "auto"
-    """Dtype of the weights: auto (as stored), float32, bfloat16."""
+    dtype: Dtype = "auto"
+    """Dtype of the weights; auto: as stored."""
     batch_tokens: Optional[int] = None
     """Tokens that run at once; default: 4,096 on a CPU, 65,536 on a GPU."""
     prompt_key: Optional[str] = None

@@ -22,6 +22,7 @@ from gram_engine.scoring.token_tree import TokenTree
 
 Comparison = tuple[str, str, str]
 """(prompt, response shown as A, response shown as B)."""
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Method = Literal["reference", "linear", "tournament"]
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 
@@ -78,7 +79,7 @@ class RewardModelScorer:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, dtype: str = "auto", device: Optional[str] = None, batch_tokens: Optional[int] = None
+        cls, folder: str | Path, dtype: Dtype = "auto", device: Optional[str] = None, batch_tokens: Optional[int] = None
     ) -> RewardModelScorer:
         """Load an exported folder; on a GPU where there is one.
 
