@@ -157,6 +157,8 @@ def test_bad_rows_are_named(row, suite, message, tmp_path):
 def test_unknown_suite_lists_the_known(tmp_path):
     with pytest.raises(ConfigError, match="--suite x: unknown. Choose among auto, pairs, reward-bench"):
         games_of(tmp_path, [{"prompt": "x", "chosen": "a", "rejected": "b"}], "x")
+    with pytest.raises(ConfigError, match="no file to evaluate on"):
+        read_games([], "auto")
 
 
 def test_report_of_a_run(folder, scorer, tmp_path, capsys):  # noqa: F811

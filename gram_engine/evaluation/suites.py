@@ -54,8 +54,10 @@ def read_games(paths: Sequence[str], suite: str) -> tuple[str, list[Game]]:
 
     Raises:
         DataError: a file or row cannot be used ("file:line: what").
-        ConfigError: no such suite.
+        ConfigError: no such suite, or no file.
     """
+    if not paths:
+        raise ConfigError("no file to evaluate on: give at least one, such as `gram evaluate pairs.jsonl ...`.")
     if suite == "auto":
         first = next(read_items(paths, lambda row, place: [row]))
         suite = detect(first)
