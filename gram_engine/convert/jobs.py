@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import multiprocessing
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from tqdm import tqdm
@@ -72,30 +73,21 @@ def head_key(model: ModelConfig) -> Key:
 
 def run_jobs(function: Callable[[Job], Any], jobs: Sequence[Job], processes: int, title: str) -> list[Any]:
     """function(job) of each job, in `processes` processes; results in the jobs' order."""
-    total = sum(job.nbytes for job in jobs)
-    results: dict[int, Any] = {}
-    with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None) as bar:
-        for number, result in _results(function, jobs, min(processes, len(jobs))):
-            results[number] = result
-            bar.update(jobs[number].nbytes)
-    return [results[number] for number in range(len(jobs))]
+    results = []
+    with tqdm(total=sum(job.nbytes for job in jobs), desc=title, unit="B", unit_scale=True, disable=None) as bar:
+        for job, result in zip(jobs, _results(function, jobs, min(processes, len(jobs)))):
+            results.append(result)
+            bar.update(job.nbytes)
+    return results
 
 
-def _results(function: Callable[[Job], Any], jobs: Sequence[Job], processes: int):
+def _results(function: Callable[[Job], Any], jobs: Sequence[Job], processes: int) -> Iterator[Any]:
     if processes == 1:
-        for number, job in enumerate(jobs):
-            yield number, function(job)
+        yield from map(function, jobs)
         return
-    with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
-        yield from pool.imap_unordered(_Numbered(function), enumerate(jobs))
-
-
-@dataclass
-class _Numbered:
-    function: Callable[[Job], Any]
-
-    def __call__(self, numbered: tuple[int, Job]) -> tuple[int, Any]:
-        return numbered[0], self.function(numbered[1])
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(function, jobs)
 
 
 def check_room(folder: Path, jobs: Sequence[Job]) -> None:
