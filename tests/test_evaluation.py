@@ -116,6 +116,14 @@ def test_rm_bench_matrix_and_levels(tmp_path):
     assert found["chat"] == found["safety"] == found["overall"] == pytest.approx(2 / 3)
 
 
+def test_a_limit_cuts_no_row_in_two(tmp_path):
+    row = {"prompt": "x", "chosen": list("abc"), "rejected": list("def"), "domain": "chat"}
+    _, games = games_of(tmp_path, [row] * 3)
+    assert [len(evaluate._first(games, limit)) for limit in (1, 9, 10, 100, None)] == [9, 9, 18, 27, 27]
+    with pytest.raises(ConfigError, match="--limit 0 must be at least 1"):
+        evaluate._first(games, 0)
+
+
 def test_interval_and_calibration():
     assert wilson(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)  # Wilson 1927, as in statistics packages
     assert wilson(0, 5)[0] == pytest.approx(0.0, abs=1e-12) and math.isnan(wilson(0, 0)[0])

@@ -14,7 +14,7 @@ import tyro
 from tqdm import tqdm
 
 from gram_engine.config import fail
-from gram_engine.errors import GramError
+from gram_engine.errors import ConfigError, GramError
 from gram_engine.evaluation.report import write_report
 from gram_engine.evaluation.statistics import describe, rewards_of
 from gram_engine.evaluation.suites import SUITES, Game, read_games
@@ -36,7 +36,7 @@ class EvaluateArguments:
     suite: str = "auto"
     """auto (by the first row), pairs, reward-bench, reward-bench-2, hhh, judge-bench, rm-bench."""
     limit: Optional[int] = None
-    """Judge the first so many pairs only; the report says so."""
+    """Judge the first so many pairs only (and the rest of the last one's row); the report says so."""
     dtype: Dtype = "auto"
     """Dtype of the weights; auto: as stored."""
     batch_tokens: Optional[int] = None
@@ -64,7 +64,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
         DataError, ConfigError, CheckpointError: a file or the model folder cannot be used.
     """
     suite, games = read_games(arguments.files, arguments.suite)
-    total, games = len(games), games[: arguments.limit]
+    total, games = len(games), _first(games, arguments.limit)
     lines = _judge(arguments, games)
     margins = np.array([[line["margin"], line["exchanged_margin"]] for line in lines])
     rewards = rewards_of(margins)
@@ -87,6 +87,17 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     _write_json(folder / "report.json", report)
     _write_json(folder / "rewardbench.json", _as_rewardbench_writes(report))
     return report
+
+
+def _first(games: list[Game], limit: Optional[int]) -> list[Game]:
+    """The first games, no row of the suite cut in two."""
+    if limit is None:
+        return games
+    if limit < 1:
+        raise ConfigError(f"--limit {limit} must be at least 1.")
+    while limit < len(games) and (games[limit].place, games[limit].item) == (games[limit - 1].place, games[limit - 1].item):
+        limit += 1
+    return games[:limit]
 
 
 def _judge(arguments: EvaluateArguments, games: Sequence[Game]) -> list[dict[str, Any]]:
