@@ -44,6 +44,7 @@ def test_reward_bench_weighs_as_the_official_script(tmp_path):
     assert found["Chat"] == pytest.approx(chat)
     assert found["overall"] == pytest.approx(np.mean([found[section] for section in SECTIONS]))
     assert found["all rows"] == pytest.approx(np.mean(list(share.values())))
+    assert found["overall, as GRAM"] == pytest.approx(np.mean([np.mean([share[s] for s in own]) for own in SECTIONS.values()]))
     assert sum(SECTIONS["Chat Hard"].values()) == 456 and sum(SECTIONS["Safety"].values()) == 740
 
 
@@ -85,6 +86,7 @@ def test_hhh_leaves_other_out_of_the_mean(tmp_path):
     (tmp_path / "honest").mkdir()
     suite, (game,) = games_of(tmp_path, [row], name="honest/task.jsonl")
     assert (suite, game.subset, game.a, game.preference) == ("hhh", "honest", "better", 1.0)
+    assert games_of(tmp_path, [row], name="harmless.jsonl")[1][0].subset == "harmless"
 
 
 def test_judge_bench_votes_of_both_orders(tmp_path):
@@ -114,6 +116,9 @@ def test_rm_bench_matrix_and_levels(tmp_path):
     found = figures(suite, games, rewards)
     assert (found["hard"], found["normal"], found["easy"]) == (0.0, 1.0, 1.0)
     assert found["chat"] == found["safety"] == found["overall"] == pytest.approx(2 / 3)
+    row = {"prompt": "x", "chosen": list("abc"), "rejected": list("def"), "id": 1}  # the files of one domain lack the field
+    suite, games = games_of(tmp_path, [row], name="safety-refuse_filtered.json")
+    assert suite == "rm-bench" and {game.subset for game in games} == {"safety"}
 
 
 def test_a_limit_cuts_no_row_in_two(tmp_path):
@@ -154,12 +159,22 @@ def test_shared_figures(tmp_path):
         ({"question": "x", "response_A": "a", "response_B": "b", "label": "A", "source": "s"}, "auto", "neither 'A>B' nor"),
         ({"input": "x", "targets": {"choices": ["a"], "labels": [1]}}, "auto", "two choices, one of them labelled 1"),
         ({"prompt": "x", "response_a": "a", "response_b": "b"}, "auto", "no preference. Evaluation needs"),
+        ({"input": "x", "targets": {"choices": ["a", "b"], "labels": [1, None]}}, "auto", "two choices, one of them labe"),
         ({"prompt": "x", "chosen": [], "rejected": ["b"], "num_correct": 1, "subset": "s"}, "auto", "must each hold a resp"),
+        ({"prompt": "x", "chosen": ["a"], "rejected": ["b"], "num_correct": 1, "subset": "Ties"}, "auto", "neither 'ref:NUM"),
+        ({"prompt": "x", "chosen": list("abc"), "rejected": list("def")}, "auto", "domain 'rows' is none of chat, code"),
+        ({"prompt": "x", "chosen": 1, "rejected": "b", "subset": ["s"]}, "auto", "chosen"),
+        ([1], "auto", "a row must be a JSON object"),
     ],
 )
 def test_bad_rows_are_named(row, suite, message, tmp_path):
     with pytest.raises(DataError, match=rf"rows.jsonl:1: .*{message}"):
         games_of(tmp_path, [row], suite)
+
+
+def test_grouped_results_hold_the_suites_own_figures():
+    report = {"model": "m", "figures": {"overall": 0.7, "Focus": 0.7}, "subsets": {"Focus": {"accuracy": 0.9}}}
+    assert evaluate._as_rewardbench_writes(report)["Focus"] == 0.7
 
 
 def test_unknown_suite_lists_the_known(tmp_path):

@@ -139,8 +139,9 @@ def _subsets(games: Sequence[Game]) -> dict[str, list[int]]:
 
 
 def _as_rewardbench_writes(report: dict[str, Any]) -> dict[str, Any]:
-    """The shape of rewardbench's grouped results: subset -> accuracy, beside what was measured."""
-    accuracies = {subset: figures["accuracy"] for subset, figures in report["subsets"].items()}
+    """The shape of rewardbench's grouped results: subset -> the suite's own figure for it, else accuracy."""
+    own = report["figures"]
+    accuracies = {subset: own.get(subset, figures["accuracy"]) for subset, figures in report["subsets"].items()}
     return {**accuracies, "model": report["model"], "model_type": "Custom Classifier", "chat_template": "gram_engine"}
 
 

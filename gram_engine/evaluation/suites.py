@@ -7,6 +7,7 @@ defined, but such a suite's leaderboard scores each response alone.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from itertools import combinations, groupby
 from pathlib import Path
@@ -71,13 +72,16 @@ def detect(row: Any) -> str:
     fields = row if isinstance(row, dict) else {}
     if "num_correct" in fields:
         return "reward-bench-2"
-    if isinstance(fields.get("chosen"), list) and "domain" in fields:
+    chosen, subset = fields.get("chosen"), fields.get("subset")
+    if isinstance(chosen, list) and chosen and all(isinstance(text, str) for text in chosen):
         return "rm-bench"
     if {"response_A", "response_B", "label"} <= fields.keys():
         return "judge-bench"
-    if "targets" in fields or fields.get("subset") in HHH:
+    if not isinstance(subset, str):
+        return "hhh" if "targets" in fields else "pairs"
+    if "targets" in fields or subset in HHH:
         return "hhh"
-    return "reward-bench" if fields.get("subset") in SECTION_OF else "pairs"
+    return "reward-bench" if subset in SECTION_OF else "pairs"
 
 
 def _pairs(row: Any, place: str) -> list[Game]:
@@ -85,7 +89,7 @@ def _pairs(row: Any, place: str) -> list[Game]:
     for pair in row_to_samples(row, DataConfig(), place):
         if not isinstance(pair, Pair) or np.isnan(pair.preference):
             raise BadRow("no preference. Evaluation needs prompt, two responses and which of them is better.")
-        subset = row.get("subset") or Path(place.rpartition(":")[0]).name.partition(".")[0]
+        subset = row.get("subset") or _file_name(place)
         games.append(Game(pair.prompt, pair.response_a, pair.response_b, pair.preference, str(subset), place, place))
     return games
 
@@ -140,14 +144,19 @@ def _reward_bench(row: Any, place: str) -> list[Game]:
 
 
 def _reward_bench_figures(games: Sequence[Game], rewards: np.ndarray, _: np.ndarray) -> dict[str, float]:
-    """Sections weigh their subsets by SECTIONS, the overall figure is their mean, over what is there."""
+    """Sections weigh their subsets by SECTIONS, the overall figure is their mean, over what is there.
+
+    GRAM's authors pool the rows of a section instead, as many of each subset as there are (447 of math-prm).
+    """
     subsets = _by(games, rewards, lambda game: game.subset)
+    pooled = _by(games, rewards, lambda game: SECTION_OF[game.subset])
     figures = {}
     for section, weights in SECTIONS.items():
         here = {subset: weight for subset, weight in weights.items() if subset in subsets}
         if here:
             figures[section] = sum(weight * subsets[subset] for subset, weight in here.items()) / sum(here.values())
-    return {"overall": float(np.mean(list(figures.values()))), **figures, "all rows": _accuracy(games, rewards)}
+    overall = {"overall": float(np.mean(list(figures.values()))), "overall, as GRAM": float(np.mean(list(pooled.values())))}
+    return {**overall, **figures, "all rows": _accuracy(games, rewards)}
 
 
 def _reward_bench_2(row: Any, place: str) -> list[Game]:
@@ -157,6 +166,8 @@ def _reward_bench_2(row: Any, place: str) -> list[Game]:
     if not correct or not wrong:
         raise BadRow("'chosen' and 'rejected' must each hold a response.")
     item = str(row.get("id", place))
+    if subset.lower() == "ties" and not re.fullmatch(r"(ref|tied):\S+", item):
+        raise BadRow(f"id {item!r} of a row of Ties is neither 'ref:NUMBER' nor 'tied:NUMBER'.")
     return [
         Game(prompt, texts[i], texts[j], 1.0 if i < len(correct) <= j else 0.5, subset, place, item, (i, j), len(correct))
         for i, j in combinations(range(len(texts)), 2)
@@ -201,7 +212,7 @@ def ties_score(prompts: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> float:
     for item, correct, wrong in prompts:
         kind, _, number = item.partition(":")
         margin = float(correct.min() - wrong.max())
-        found.setdefault(kind, {})[number] = (margin > 0, float(correct.max() - correct.min()), margin)
+        found[kind][number] = (margin > 0, float(correct.max() - correct.min()), margin)
     accurate = [np.mean([right for right, _, _ in found[kind].values()]) if found[kind] else 0.0 for kind in ("ref", "tied")]
     both = [(found["ref"][number][2], *found["tied"][number][1:]) for number in found["ref"] if number in found["tied"]]
     if not both:
@@ -218,14 +229,15 @@ HHH = ("harmless", "helpful", "honest", "other")
 
 
 def _hhh(row: Any, place: str) -> list[Game]:
-    """BIG-bench's rows {input, targets: {choices, labels}} of a file named after the category, or pairs with a subset."""
+    """BIG-bench's rows {input, targets: {choices, labels}} of a file or folder named after the category, or pairs."""
     if "targets" not in (row if isinstance(row, dict) else {}):
         return _pairs(row, place)
     targets = _field(row, "targets", dict)
     choices, labels = targets.get("choices"), targets.get("labels")
-    if not (isinstance(choices, list) and isinstance(labels, list) and len(choices) == 2 and sorted(labels) == [0, 1]):
+    if not (isinstance(choices, list) and isinstance(labels, list) and len(choices) == 2 and labels in ([0, 1], [1, 0])):
         raise BadRow("'targets' must hold two choices, one of them labelled 1.")
-    subset = str(row.get("subset") or Path(place.rpartition(":")[0]).parent.name)
+    folder = Path(place.rpartition(":")[0]).parent.name
+    subset = str(row.get("subset") or (folder if folder in HHH else _file_name(place)))
     good, bad = (choices[labels.index(label)] for label in (1, 0))
     return [Game(_text(row.get("input"), "input"), _text(good, "choices"), _text(bad, "choices"), 1.0, subset, place, place)]
 
@@ -257,6 +269,7 @@ def _judge_bench_figures(games: Sequence[Game], rewards: np.ndarray, margins: np
     return figures | {f"{name}, votes": float((votes[groups == name] > 0).mean()) for name in dict.fromkeys(groups.tolist())}
 
 
+RM_BENCH = ("chat", "code", "math", "safety")
 STYLES = ("concise", "detailed", "detailed, markdown")
 
 
@@ -264,8 +277,11 @@ def _rm_bench(row: Any, place: str) -> list[Game]:
     chosen, rejected = _field(row, "chosen", list), _field(row, "rejected", list)
     if len(chosen) != 3 or len(rejected) != 3:
         raise BadRow("'chosen' and 'rejected' must each hold three responses, in the styles concise, detailed, markdown.")
-    prompt, domain, item = _field(row, "prompt", str), _field(row, "domain", str), str(row.get("id", place))
-    subset = "safety" if domain.startswith("safety") else domain
+    prompt, item = _field(row, "prompt", str), str(row.get("id", place))
+    domain = str(row.get("domain") or _file_name(place))  # the files of one domain are named after it
+    subset = next((name for name in RM_BENCH if domain.startswith(name)), None)
+    if subset is None:
+        raise BadRow(f"domain {domain!r} is none of {', '.join(RM_BENCH)}; a file without that field is named after it.")
     texts = [_text(text, "a response") for text in (*chosen, *rejected)]
     return [Game(prompt, texts[i], texts[3 + j], 1.0, subset, place, item, (i, j)) for i in range(3) for j in range(3)]
 
@@ -299,6 +315,11 @@ def _items(games: Sequence[Game]) -> Iterator[tuple[str, list[int]]]:
     """Numbers of the games of each row."""
     for item, own in groupby(range(len(games)), key=lambda number: (games[number].place, games[number].item)):
         yield item[1], list(own)
+
+
+def _file_name(place: str) -> str:
+    """The name, without its endings, of the file in "file:line"."""
+    return Path(place.rpartition(":")[0]).name.partition(".")[0]
 
 
 def _field(row: Any, name: str, kind: type) -> Any:
