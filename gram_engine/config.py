@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ import yaml
 
 from gram_engine.errors import ConfigError
 from gram_engine.fileio import write_atomically
+
+# Rows that FP8 matrix products take: a multiple of this.
+FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 
 
 @dataclass
@@ -108,7 +112,7 @@ class DataConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the model and the data are spread over processes (data parallel = processes / (TP x PP))."""
+    """How the model and the data are spread over processes (data parallel = processes / (TP x PP x CP))."""
 
     tensor_model_parallel_size: int = 1
     """TP: processes that share each layer."""
@@ -120,6 +124,8 @@ class ParallelConfig:
     """Layers of the first pipeline stage; unset: as many as the others."""
     decoder_last_pipeline_num_layers: Optional[int] = None
     """Layers of the last pipeline stage; unset: as many as the others. The log's line on pipeline balance proposes one."""
+    context_parallel_size: int = 1
+    """CP: processes that share every sequence, for samples too long for one GPU."""
     sequence_parallel: bool = False
     """Shard norms and residuals over the tensor-parallel processes (needs TP > 1)."""
     use_distributed_optimizer: bool = False
@@ -128,10 +134,17 @@ class ParallelConfig:
     """Reduce gradients while the backward pass runs."""
     overlap_param_gather: bool = False
     """Gather parameters while the forward pass runs (needs --use-distributed-optimizer and --overlap-grad-reduce)."""
+    tp_comm_overlap: bool = False
+    """Hide tensor-parallel communication behind matrix products (Transformer Engine; needs --sequence-parallel)."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to run; auto: CUDA where there is a GPU."""
     distributed_timeout_minutes: float = 30
     """A collective that waits longer than this ends the run."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that work on the same data: TP x PP x CP."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
 
 @dataclass
@@ -166,6 +179,16 @@ class TrainingConfig:
     """Save and leave after this step, with the schedule of the whole run kept."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 main parameters and gradients."""
+    fp8_format: Optional[Literal["e4m3", "hybrid"]] = None
+    """Matrix products of the layers in FP8 (Transformer Engine); hybrid: gradients in e5m2. Needs --bf16."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 tensors are scaled: by past maxima, by their own, by blocks (H100), by micro-blocks (B200)."""
+    fp8_param_gather: bool = False
+    """Keep the layers' weights in FP8 alone, beside fp32 main parameters (needs --use-distributed-optimizer)."""
+    first_last_layers_bf16: bool = False
+    """FP8: leave the first and the last layer in BF16 (not with --fp8-recipe delayed)."""
+    deterministic_mode: bool = False
+    """Only kernels that give the same bits in every run; slower on a GPU."""
     lr: float = 1e-5
     """Peak learning rate."""
     min_lr: float = 0.0
@@ -185,9 +208,13 @@ class TrainingConfig:
     clip_grad: float = 1.0
     """Global gradient norm is clipped to this; 0: not clipped."""
     recompute_granularity: Optional[Literal["full", "selective"]] = None
-    """Recompute activations in the backward pass: whole layers, or attention only."""
+    """Recompute activations in the backward pass: whole layers, or the parts in --recompute-modules."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """Full recompute: every layer, in groups of --recompute-num-layers, or only so many layers of each pipeline stage."""
     recompute_num_layers: int = 1
-    """Full recompute: layers per recomputed block."""
+    """Full recompute: see --recompute-method."""
+    recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp"], ...] = ("core_attn",)
+    """Selective recompute: parts of each layer."""
     logits_chunk_size: Optional[int] = None
     """Stage 1: rows whose logits exist at one time; default: as many as fit in 128 MiB on a CPU, 1 GiB on a GPU."""
     seed: int = 1234
@@ -248,7 +275,7 @@ class Config:
     @property
     def data_parallel_size(self) -> int:
         """Processes that work on different data; valid after validation.check."""
-        return world_size() // (self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size)
+        return world_size() // self.parallel.model_parallel_size
 
     @property
     def padded_vocab_size(self) -> int:
@@ -263,6 +290,27 @@ class Config:
         if layers is None:
             return None
         return self.model.num_layers // (self.parallel.pipeline_model_parallel_size * layers)
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Every sample's tokens are padded to a multiple of this: context parallelism cuts it into 2 x CP chunks."""
+        context = self.parallel.context_parallel_size
+        return 1 if context == 1 else 2 * context
+
+    @property
+    def pack_tokens(self) -> int:
+        """Most tokens of a micro-batch."""
+        return self.training.micro_batch_size * self.data.seq_length
+
+    @property
+    def pack_multiple(self) -> int:
+        """A pack's tokens are padded to a multiple of this, so that each process's share has a shape its kernels take."""
+        parallel, training = self.parallel, self.training
+        if parallel.tp_comm_overlap:
+            return self.pack_tokens  # its buffers have one size
+        processes = parallel.context_parallel_size * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+        share = FP8_MULTIPLES[training.fp8_recipe] if training.fp8_format else 1
+        return math.lcm(processes * share, self.sequence_multiple)
 
     @property
     def prunes_last_layer(self) -> bool:

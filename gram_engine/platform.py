@@ -73,6 +73,8 @@ def initialise(device: Literal["auto", "cuda", "cpu"] = "auto") -> Platform:
     if device == "cuda" and not available:
         raise ConfigError("--device cuda: torch finds no GPU. Use --device cpu, or check the driver and torch's build.")
     if available and device != "cpu":
+        # One queue: collectives start in the order in which megatron-core overlaps them with matrix products.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         local = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local)
         _register_adam()
@@ -86,6 +88,14 @@ def initialise(device: Literal["auto", "cuda", "cpu"] = "auto") -> Platform:
     _answer_cuda_calls()
     _register_adam()
     return Platform(CPU, "gloo")
+
+
+def make_deterministic() -> None:
+    """Allow only kernels that give the same bits in every run. Call before the device is first used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    torch.use_deterministic_algorithms(True)
 
 
 def _is_cuda_device(device) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from gram_engine.config import Config, world_size
@@ -51,13 +52,16 @@ def resolve_shape(config: Config) -> None:
             setattr(model, name, value)
 
 
-def check(config: Config) -> None:
+def check(config: Config, data: bool = True) -> None:
     """Refuse combinations that cannot work. Call after `resolve_shape` and before any process group starts.
+
+    Args:
+        data: whether the run reads the data that the configuration names (benchmarks make their own).
 
     Raises:
         ConfigError: names the values that clash and the remedy.
     """
-    for rule in (_check_shape, _check_parallel, _check_data, _check_run):
+    for rule in (_check_shape, _check_parallel, *([_check_data] if data else []), _check_run):
         for wrong, message in rule(config):
             if wrong:
                 raise ConfigError(message)
@@ -84,11 +88,15 @@ def _check_shape(config: Config):
 def _check_parallel(config: Config):
     parallel, layers = config.parallel, config.model.num_layers
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    processes = world_size()
-    yield min(tp, pp) < 1, f"TP {tp} and PP {pp} must be at least 1."
-    yield processes % (tp * pp) != 0, (
-        f"{processes} processes cannot form TP {tp} x PP {pp}: their number must be a multiple of {tp * pp}. "
-        f"Start torchrun with --nproc-per-node {tp * pp} (or a multiple), or lower the sizes."
+    cp, processes, product = parallel.context_parallel_size, world_size(), parallel.model_parallel_size
+    yield min(tp, pp, cp) < 1, f"TP {tp}, PP {pp} and CP {cp} must be at least 1."
+    yield processes % product != 0, (
+        f"{processes} processes cannot form TP {tp} x PP {pp} x CP {cp}: their number must be a multiple of {product}. "
+        f"Start torchrun with --nproc-per-node {product} (or a multiple), or lower the sizes."
+    )
+    yield cp > 1 and config.data.seq_length % (2 * cp) != 0, (
+        f"--context-parallel-size {cp} cuts every sample into {2 * cp} chunks: --seq-length {config.data.seq_length} must be "
+        f"a multiple of {2 * cp}."
     )
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
     uneven = first is not None or last is not None
@@ -117,6 +125,14 @@ def _check_parallel(config: Config):
             "into at least two virtual stages."
         )
     yield parallel.sequence_parallel and tp == 1, "--sequence-parallel needs --tensor-model-parallel-size above 1."
+    yield parallel.tp_comm_overlap and not parallel.sequence_parallel, (
+        "--tp-comm-overlap hides the communication of sequence parallelism: add --sequence-parallel."
+    )
+    whole = dataclasses.replace(config, parallel=dataclasses.replace(parallel, tp_comm_overlap=False))
+    yield parallel.tp_comm_overlap and config.pack_tokens % whole.pack_multiple != 0, (
+        f"--tp-comm-overlap pads every micro-batch to --micro-batch-size x --seq-length = {config.pack_tokens} tokens, which "
+        f"must be a multiple of {whole.pack_multiple}. Change --seq-length."
+    )
     yield parallel.overlap_param_gather and not parallel.use_distributed_optimizer, (
         "--overlap-param-gather gathers the distributed optimizer's shards: add --use-distributed-optimizer."
     )
@@ -131,6 +147,28 @@ def _layers_fit(layers: int, stages: int, first: int | None, last: int | None) -
     if min(given) < 1:
         return False
     return rest == 0 if still_open == 0 else rest >= still_open and rest % still_open == 0
+
+
+def _check_precision(config: Config):
+    training, model, tp = config.training, config.model, config.parallel.tensor_model_parallel_size
+    fp8 = training.fp8_format is not None
+    multiple = 32 if training.fp8_recipe == "mxfp8" else 16
+    widths = (model.hidden_size, model.ffn_hidden_size // tp, model.num_attention_heads * model.kv_channels // tp)
+    yield fp8 and any(width % multiple for width in widths), (
+        f"--fp8-recipe {training.fp8_recipe} needs matrices whose sides are multiples of {multiple}; hidden size, "
+        f"feed-forward and attention width of a process are {widths}. Leave --fp8-format out, or lower TP."
+    )
+    yield fp8 and not training.bf16, "--fp8-format computes the rest in bfloat16: add --bf16."
+    yield training.fp8_param_gather and not (fp8 and config.parallel.use_distributed_optimizer), (
+        "--fp8-param-gather needs --fp8-format and --use-distributed-optimizer."
+    )
+    yield training.first_last_layers_bf16 and not fp8, "--first-last-layers-bf16 needs --fp8-format."
+    yield training.first_last_layers_bf16 and training.fp8_recipe == "delayed", (
+        "--first-last-layers-bf16 does not work with --fp8-recipe delayed. Use --fp8-recipe tensorwise."
+    )
+    yield fp8 and config.model.transformer_impl == "local", (
+        "--fp8-format needs Transformer Engine's layers: leave --transformer-impl local out."
+    )
 
 
 def _check_data(config: Config):
@@ -164,6 +202,7 @@ def _check_run(config: Config):
         "--label-softmax full-vocabulary has no plain version: leave --no-fused-losses out."
     )
     yield min(training.micro_batch_size, training.global_batch_size) < 1, "Batch sizes must be at least 1."
+    yield from _check_precision(config)
     rows = training.logits_chunk_size
     yield rows is not None and rows < 1, f"--logits-chunk-size {rows} must be at least 1. Leave it out for the default."
     yield not 0 <= training.lr_warmup_fraction < 1, (

@@ -84,7 +84,7 @@ def _serve(connection) -> None:
     os.setsid()
     # A daemonic process may not have children, which the checkpoint writer starts.
     mp.current_process()._config["daemon"] = False
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     import torch
 
     from gram_engine import platform
@@ -103,6 +103,8 @@ def _serve(connection) -> None:
 
 
 def _in_world(function, args, rank: int, world_size: int, store: str):
+    import gc
+
     import torch.distributed as dist
     from megatron.core import parallel_state
 
@@ -113,3 +115,4 @@ def _in_world(function, args, rank: int, world_size: int, store: str):
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        gc.collect()  # a model's cycles keep groups, and each of these several threads

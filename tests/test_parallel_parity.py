@@ -21,6 +21,13 @@ LAYOUTS = {
         "--tensor-model-parallel-size 2 --sequence-parallel "
         "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
     ),
+    "cp2": (2, "--context-parallel-size 2"),
+    "cp2-tp2-sp": (4, "--context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel"),
+    "cp2-pp2": (4, "--context-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "cp2-dp2-overlap": (
+        4,
+        "--context-parallel-size 2 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    ),
     "recompute": (1, "--recompute-granularity full"),
 }
 STAGES = {"stage1": "--objective response-lm --logits-chunk-size 50", "stage2": "--objective pair-preference"}

@@ -29,7 +29,8 @@ class PackedBatch:
     tokens, position_ids: int64 [T]; cu_seqlens: int32 [sequences + 1]; rows: int64 [R], positions whose hidden state
     predicts (stage 2: the last token of each sample; stage 1: position p predicts token p + 1); targets: int64 [R] in
     stage 1, empty in stage 2; sample_ids, preference, weight, margin: [S], rows of the data set. Weights are scaled so
-    that their mean over the global batch is 1.
+    that their mean over the global batch is 1. The last three say how context-parallel processes share the pack
+    (context_parallel.py).
     """
 
     tokens: torch.Tensor
@@ -42,6 +43,9 @@ class PackedBatch:
     preference: torch.Tensor
     weight: torch.Tensor
     margin: torch.Tensor
+    gather_order: torch.Tensor | None = None
+    label_keys: torch.Tensor | None = None
+    label_cu_seqlens: torch.Tensor | None = None
 
 
 @dataclass
@@ -61,6 +65,7 @@ class PackedLoader:
     Args:
         pack_tokens: most tokens of samples in a micro-batch.
         pad_multiple: the length of a micro-batch is a multiple of this.
+        sequence_multiple: and so is every sample's, of this, by padding at its end (which pad_multiple must be one of).
         microbatch_multiple: the number of micro-batches is a multiple of this (pipeline size with virtual stages).
         response_loss, marker_loss: stage 1, which tokens of the target carry loss.
 
@@ -79,6 +84,7 @@ class PackedLoader:
         dp_rank: int,
         dp_size: int,
         seed: int,
+        sequence_multiple: int = 1,
         microbatch_multiple: int = 1,
         response_loss: Literal["both", "a", "b"] = "both",
         marker_loss: bool = True,
@@ -89,7 +95,8 @@ class PackedLoader:
                 f"{dataset.prefix} was preprocessed for --objective {dataset.objective}, not {objective}. "
                 "Preprocess it for this objective, or use the other data."
             )
-        longest = int(dataset.lengths.max(initial=0))
+        self._padded_lengths = -(-dataset.lengths // sequence_multiple) * sequence_multiple
+        longest = int(self._padded_lengths.max(initial=0))
         if longest > pack_tokens:
             raise ConfigError(
                 f"{dataset.prefix} has a sample of {longest} tokens, but a micro-batch holds {pack_tokens}. "
@@ -131,20 +138,23 @@ class PackedLoader:
 
     def _global_batch(self, ids: np.ndarray) -> GlobalBatch:
         lengths = self.dataset.lengths[ids]
-        ranks = plan(lengths, self.pack_tokens, self.dp_size, self.microbatch_multiple, self.attention_cost)
         total_weight = float(self.dataset.samples["weight"][ids].astype(np.float64).sum())
         scale = len(ids) / total_weight if total_weight > 0 else 0.0
         return GlobalBatch(
-            microbatches=[self._pack(ids[pack], scale) for pack in ranks[self.dp_rank]],
+            microbatches=[self._pack(ids[pack], scale) for pack in self.packs(self._padded_lengths[ids])],
             num_samples=len(ids),
             num_tokens=int(lengths.sum()),
             num_rows=int(self._num_rows[ids].sum()),
             squared_lengths=int((lengths**2).sum()),
         )
 
+    def packs(self, lengths: np.ndarray) -> list[list[int]]:
+        """This process's packs of a global batch, as indices of `lengths`."""
+        every = plan(lengths, self.pack_tokens, self.dp_size, self.microbatch_multiple, self.attention_cost)
+        return every[self.dp_rank]
+
     def _pack(self, ids: np.ndarray, weight_scale: float) -> PackedBatch:
-        lengths = self.dataset.lengths[ids]
-        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        starts = np.concatenate([[0], np.cumsum(self._padded_lengths[ids])]).astype(np.int64)
         used = int(starts[-1])
         size = max(1, -(-used // self.pad_multiple)) * self.pad_multiple
         tokens = np.full(size, PADDING_TOKEN, np.int64)

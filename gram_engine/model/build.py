@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import math
+from functools import partial
 from typing import Iterator
 
 import torch
@@ -23,21 +24,8 @@ from gram_engine.errors import ConfigError
 from gram_engine.model.label_rows import DeferredRMSNorm, label_row_layer_spec
 from gram_engine.model.layers import RMSNorm, local_layer_spec
 from gram_engine.model.reward_model import RewardModel
+from gram_engine.model.te_layers import fp8_fields, uses_transformer_engine, without_fp8
 from gram_engine.platform import Platform
-
-
-def uses_transformer_engine(config: Config, platform: Platform) -> bool:
-    """Whether layers come from Transformer Engine.
-
-    Raises:
-        ConfigError: it was asked for and is not installed, or there is no GPU.
-    """
-    choice = config.model.transformer_impl
-    installed = importlib.util.find_spec("transformer_engine") is not None
-    if choice == "transformer_engine" and not (installed and platform.is_cuda):
-        lacks = "a GPU" if installed else "the transformer-engine package (pip install 'gram_engine[gpu]')"
-        raise ConfigError(f"--transformer-impl transformer_engine needs {lacks}. Use --transformer-impl local.")
-    return choice != "local" and installed and platform.is_cuda
 
 
 def transformer_config(config: Config, platform: Platform) -> TransformerConfig:
@@ -75,23 +63,40 @@ def transformer_config(config: Config, platform: Platform) -> TransformerConfig:
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_size,
         num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
         num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
+        context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         # Interleaved stages: neighbours are the same process at PP 2, so batched messages could be mixed up.
         overlap_p2p_comm=config.virtual_pipeline_size is not None,
         batch_p2p_comm=config.virtual_pipeline_size is None,
         calculate_per_token_loss=True,
-        recompute_granularity=training.recompute_granularity,
-        recompute_method="uniform" if training.recompute_granularity == "full" else None,
-        recompute_num_layers=training.recompute_num_layers if training.recompute_granularity == "full" else None,
-        bias_activation_fusion=False,
+        **_recompute_fields(config),
+        **fp8_fields(config),
+        apply_rope_fusion=uses_transformer_engine(config, platform),
+        bias_activation_fusion=platform.is_cuda,  # SwiGLU, and adding to the residual, compiled into one kernel each
+        bias_dropout_fusion=platform.is_cuda,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=platform.is_cuda and _installed("fused_weight_gradient_mlp_cuda"),  # apex
+        tp_comm_overlap=parallel.tp_comm_overlap,
+        deterministic_mode=training.deterministic_mode,
     )
     fields.update(_native_fields(model.transformer_config))
     try:
         return TransformerConfig(**fields)
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"megatron-core refuses this configuration: {error}") from error
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _recompute_fields(config: Config) -> dict:
+    training = config.training
+    if training.recompute_granularity == "full":
+        how = dict(recompute_method=training.recompute_method, recompute_num_layers=training.recompute_num_layers)
+    else:
+        how = dict(recompute_modules=list(training.recompute_modules))
+    return dict(recompute_granularity=training.recompute_granularity, **how)
 
 
 def _leave_to_initialise_weights(weight: torch.Tensor) -> torch.Tensor:
@@ -126,22 +131,24 @@ def build_model(config: Config, platform: Platform) -> list[RewardModel]:
         is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         specs = [layer_spec] * get_num_layers_to_build(core, vp_stage=vp_stage)
         if is_last and config.prunes_last_layer:
-            specs[-1] = label_row_layer_spec(config.model.qk_layernorm)
-        chunk = RewardModel(
-            config=core,
-            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm),
-            vocab_size=config.padded_vocab_size,
-            max_sequence_length=config.data.seq_length,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=is_last,
-            share_embeddings_and_output_weights=tied,
-            borrows_label_rows=tied and borrows,
-            position_embedding_type="rope",
-            rotary_base=config.model.rotary_base,
-            rope_scaling=config.model.rope_scaling_factor is not None,
-            rope_scaling_factor=config.model.rope_scaling_factor or 1.0,
-            vp_stage=vp_stage,
-        )
+            specs[-1] = label_row_layer_spec(layer_spec, partial(without_fp8, config))
+        # Transformer Engine would keep a high-precision copy of FP8 weights as they are before initialise_weights.
+        with torch.set_grad_enabled(not config.training.fp8_param_gather):
+            chunk = RewardModel(
+                config=core,
+                transformer_layer_spec=TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm),
+                vocab_size=config.padded_vocab_size,
+                max_sequence_length=config.data.seq_length,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+                post_process=is_last,
+                share_embeddings_and_output_weights=tied,
+                borrows_label_rows=tied and borrows,
+                position_embedding_type="rope",
+                rotary_base=config.model.rotary_base,
+                rope_scaling=config.model.rope_scaling_factor is not None,
+                rope_scaling_factor=config.model.rope_scaling_factor or 1.0,
+                vp_stage=vp_stage,
+            )
         if is_last and config.prunes_last_layer:
             # Label rows are whole on every tensor-parallel process, and so is the gradient of their norm.
             chunk.decoder.final_layernorm.weight.sequence_parallel = False

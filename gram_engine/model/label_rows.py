@@ -8,45 +8,23 @@ at every position feeds the keys and values of the next.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Callable, ContextManager
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from gram_engine.model.layers import RMSNorm, local_layer_spec
-
-
-@dataclass
-class LabelledSequences(PackedSeqParams):
-    """A pack's sequences, the first `len(label_rows)` of which end in a label row.
-
-    label_rows: [labels] int64 positions in the pack; label_positions: [labels] int64 positions in their sequences.
-    """
-
-    label_rows: Tensor | None = None
-    label_positions: Tensor | None = None
-
-    def of_labels(self) -> PackedSeqParams:
-        """One query, the label row, against each labelled sequence's keys."""
-        labels = len(self.label_rows)
-        return PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=torch.arange(labels + 1, dtype=torch.int32, device=self.label_rows.device),
-            cu_seqlens_kv=self.cu_seqlens_kv[: labels + 1],
-            max_seqlen_q=1,
-            max_seqlen_kv=self.max_seqlen_kv,
-        )
+from gram_engine.model.attention import PackSequences, gather_keys, packed_attention
+from gram_engine.model.layers import RMSNorm
 
 
 class DeferredRMSNorm(RMSNorm):
@@ -57,26 +35,39 @@ class DeferredRMSNorm(RMSNorm):
 
 
 class LabelRowLayer(TransformerLayer):
-    """A transformer layer of local modules that returns the label rows only: [tokens (/ TP), 1, hidden] -> [labels, 1, hidden].
+    """A transformer layer that returns the label rows only: [tokens (/ TP), 1, hidden] -> [labels, 1, hidden].
+
+    It holds the modules, and writes the checkpoint keys, of the layers beside it, local or Transformer Engine's; up to the
+    MLP it uses their weights alone.
 
     The label rows are whole on every tensor-parallel process, also under sequence parallelism: the residual rows, each held
     by one process, join the sum of the attention output's parts.  So everything after attention works without sequence
     parallelism, and its norm's gradient is complete on every process.
+
+    Args:
+        without_fp8: context manager, `without_fp8(building=)`; its few rows do not fit FP8 matrix products.
     """
 
-    def __init__(self, config, submodules, **kwargs):
+    def __init__(self, config, submodules, without_fp8: Callable[..., ContextManager], **kwargs):
         self.sequence_parallel = config.sequence_parallel
+        self.without_fp8 = without_fp8
         whole_rows = copy.copy(config)
-        whole_rows.sequence_parallel = False
-        super().__init__(whole_rows, submodules, **kwargs)
-        self.input_layernorm.weight.sequence_parallel = self.sequence_parallel
+        whole_rows.sequence_parallel = whole_rows.tp_comm_overlap = False
+        with without_fp8(building=True):
+            super().__init__(whole_rows, submodules, **kwargs)
+        self._norm_weight().sequence_parallel = self.sequence_parallel
+
+    def _norm_weight(self) -> Tensor:
+        """The input norm's weight; Transformer Engine keeps it in the projection that follows."""
+        fused = getattr(self.self_attention.linear_qkv, "layer_norm_weight", None)
+        return self.input_layernorm.weight if fused is None else fused
 
     def forward(
-        self, hidden_states: Tensor, *, rotary_pos_emb: Tensor, packed_seq_params: LabelledSequences, **_
+        self, hidden_states: Tensor, *, rotary_pos_emb: Tensor, packed_seq_params: PackSequences, **_
     ) -> tuple[Tensor, None]:
         sequences, attention = packed_seq_params, self.self_attention
         rows = sequences.label_rows
-        normed = self.input_layernorm(hidden_states)
+        normed = F.rms_norm(hidden_states, hidden_states.shape[-1:], self._norm_weight(), self.config.layernorm_epsilon)
         if self.sequence_parallel:
             normed = gather_from_sequence_parallel_region(normed, group=self.tp_group)
         else:
@@ -88,15 +79,14 @@ class LabelRowLayer(TransformerLayer):
         key = apply_rotary_pos_emb(
             key, rotary_pos_emb, attention.config, sequences.cu_seqlens_kv, cp_group=attention.pg_collection.cp
         )
-        attended = attention.core_attention(
-            query, key, value, None, attn_mask_type=AttnMaskType.no_mask, packed_seq_params=sequences.of_labels()
-        )
+        attended = self._attend(query, key, value, sequences)
         part = F.linear(attended.flatten(1).unsqueeze(1), attention.linear_proj.weight)
         if self.sequence_parallel:
             hidden = reduce_from_tensor_model_parallel_region(part + self._held(hidden_states, rows), group=self.tp_group)
         else:
             hidden = reduce_from_tensor_model_parallel_region(part, group=self.tp_group) + hidden_states[rows]
-        return self._forward_mlp(hidden), None
+        with self.without_fp8():
+            return self._forward_mlp(hidden), None
 
     def _query_key_value(self, normed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[tokens, 1, hidden] -> query [labels, heads, dim], key and value [tokens, groups, dim].
@@ -113,6 +103,15 @@ class LabelRowLayer(TransformerLayer):
             query, key = attention.q_layernorm(query), attention.k_layernorm(key)
         return query, key, value
 
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, sequences: PackSequences) -> Tensor:
+        """Each label row's query to the keys of its whole sequence: [labels, heads, dim]."""
+        if sequences.label_keys is not None:
+            group = self.self_attention.pg_collection.cp
+            key, value = (gather_keys(part, sequences.label_keys, group) for part in (key, value))
+        one_each = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
+        bounds, longest = sequences.label_cu_seqlens, sequences.max_seqlen_kv
+        return packed_attention(query, key, value, one_each, bounds, 1, longest, causal=False)
+
     def _held(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
         """The rows that this process holds, zeros for the others."""
         local = rows - self.tp_group.rank() * len(hidden_states)
@@ -120,6 +119,6 @@ class LabelRowLayer(TransformerLayer):
         return hidden_states[local.clamp(0, len(hidden_states) - 1)] * owned[:, None, None].to(hidden_states.dtype)
 
 
-def label_row_layer_spec(qk_layernorm: bool) -> ModuleSpec:
-    """The local layer as a LabelRowLayer; checkpoint keys are those of any other layer."""
-    return replace(local_layer_spec(qk_layernorm), module=LabelRowLayer)
+def label_row_layer_spec(layer_spec: ModuleSpec, without_fp8: Callable[..., ContextManager]) -> ModuleSpec:
+    """The layer as a LabelRowLayer; checkpoint keys are those of any other layer."""
+    return replace(layer_spec, module=LabelRowLayer, params={**layer_spec.params, "without_fp8": without_fp8})

@@ -1,7 +1,6 @@
-"""Layers for machines without Transformer Engine: RMSNorm under sequence parallelism and packed causal attention.
+"""Layers for machines without Transformer Engine: megatron-core's local ones with our RMSNorm and packed attention.
 
-megatron-core's own local layers refuse both (WrappedTorchNorm has no sequence parallelism, DotProductAttention no packed
-sequences); everything else of its local layer specification is used as it is.
+Its own refuse both sequence parallelism (WrappedTorchNorm) and packed sequences (DotProductAttention).
 """
 
 from __future__ import annotations
@@ -9,12 +8,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from gram_engine.model.attention import PackedAttention
 
 
 class RMSNorm(torch.nn.Module):
@@ -32,37 +30,6 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
-
-
-class PackedAttention(MegatronModule):
-    """Attention within each sequence of a pack, by torch's scaled_dot_product_attention.
-
-    query [queries, heads, dim], key and value [tokens, groups, dim] (thd) -> [queries, heads * dim], dtype of the query.
-    Causal, with as many queries as keys; or attn_mask_type=no_mask, with any number of queries that see the whole sequence.
-    """
-
-    def __init__(self, config: TransformerConfig, layer_number: int, **_):
-        super().__init__(config=config)
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        packed_seq_params: PackedSeqParams,
-        attn_mask_type: AttnMaskType = AttnMaskType.causal,
-        **_,
-    ) -> Tensor:
-        causal = attn_mask_type != AttnMaskType.no_mask
-        queries, keys = packed_seq_params.cu_seqlens_q.tolist(), packed_seq_params.cu_seqlens_kv.tolist()
-        outputs = [query[:0]]
-        for start, end, first, last in zip(queries, queries[1:], keys, keys[1:]):
-            q = query[start:end].transpose(0, 1).unsqueeze(0)
-            k, v = (part[first:last].transpose(0, 1).unsqueeze(0) for part in (key, value))
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-            outputs.append(out.squeeze(0).transpose(0, 1))
-        return torch.cat(outputs).flatten(1)
 
 
 def local_layer_spec(qk_layernorm: bool = False) -> ModuleSpec:

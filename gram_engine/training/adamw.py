@@ -7,10 +7,12 @@ state; torch.optim.AdamW keeps `step` per parameter and cannot be loaded from su
 from __future__ import annotations
 
 import torch
+from torch.optim.adamw import adamw
 
 
 class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019), moments in the parameters' dtype (fp32 here).
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019), moments in the parameters' dtype (fp32 here), by
+    torch's fused kernel.
 
     `adam_w_mode` is accepted because megatron-core passes it to FusedAdam; only True is meant.
     """
@@ -27,17 +29,26 @@ class AdamW(torch.optim.Optimizer):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
                 continue
-            gradients = [parameter.grad for parameter in parameters]
             first, second = self._moments(parameters)
             beta1, beta2 = group["betas"]
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_lerp_(first, gradients, 1 - beta1)
-            torch._foreach_mul_(second, beta2)
-            torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
-            denominator = torch._foreach_sqrt(second)
-            torch._foreach_div_(denominator, (1 - beta2 ** group["step"]) ** 0.5)
-            torch._foreach_add_(denominator, group["eps"])
-            torch._foreach_addcdiv_(parameters, first, denominator, -group["lr"] / (1 - beta1 ** group["step"]))
+            # The kernel counts this step in each of these itself.
+            before = torch.full((len(parameters),), group["step"] - 1.0, device=parameters[0].device).unbind()
+            adamw(
+                parameters,
+                [parameter.grad for parameter in parameters],
+                first,
+                second,
+                max_exp_avg_sqs=[],
+                state_steps=list(before),
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
 
     def _moments(self, parameters: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         for parameter in parameters:

@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.serialization import (
 )
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from gram_engine.config import Config, is_main_process
 from gram_engine.errors import CheckpointError
@@ -37,6 +38,9 @@ from gram_engine.training.checkpoint_folder import (
 
 # Optimizer state by parameter in model space: the layout that can be loaded at any TP, PP and DP.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+EXTRA_STATE = "_extra_state"
+"""End of the keys of Transformer Engine's scaling factors; without them FP8 starts as it does in a new run."""
 
 SHAPE_FIELDS = (
     "num_layers",
@@ -158,12 +162,20 @@ def _checked_path(folder: str | Path, config: Config) -> Path:
 
 
 def _read(path: Path, sharded_state: dict) -> dict:
+    """What the checkpoint holds of `sharded_state`; Transformer Engine's own state is not in one of local layers."""
     try:
-        return dist_checkpointing.load(
-            sharded_state, str(path), sharded_strategy=get_default_load_sharded_strategy(str(path))
+        state, _, missing = dist_checkpointing.load(
+            sharded_state,
+            str(path),
+            sharded_strategy=get_default_load_sharded_strategy(str(path)),
+            strict=StrictHandling.RETURN_UNEXPECTED,
         )
     except (CheckpointingException, OSError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{path}: cannot be loaded: {error}") from error
+    lacking = sorted(key for key in missing if not key.endswith(EXTRA_STATE))
+    if lacking:
+        raise CheckpointError(f"{path}: cannot be loaded: it holds no {', '.join(lacking[:5])}{' ...' * (len(lacking) > 5)}.")
+    return state
 
 
 def _model_key(model: list, index: int) -> str:
@@ -186,4 +198,6 @@ def _sharded_state(model: list, optimizer, scheduler, state: TrainState, loading
 
 def _load_model(model: list, state: dict) -> None:
     for index, chunk in enumerate(model):
-        unwrap(chunk).load_state_dict(state[_model_key(model, index)])
+        found = unwrap(chunk).load_state_dict(state[_model_key(model, index)], strict=False)
+        wrong = [key for key in (*found.missing_keys, *found.unexpected_keys) if not key.endswith(EXTRA_STATE)]
+        assert not wrong, f"a checkpoint that was read whole does not fit the model: {wrong}"

@@ -42,22 +42,27 @@ def run(config: Config) -> dict[str, float]:
     """Train as a checked configuration says; returns the last metrics. Leaves no process group behind."""
     from gram_engine import platform as platforms
 
-    _hush_known_warnings()
+    hush_known_warnings()
+    if config.training.deterministic_mode:
+        platforms.make_deterministic()
     platform = platforms.initialise(config.parallel.device)
 
     import torch.distributed as dist
     from megatron.core import parallel_state
 
+    from gram_engine.model.te_layers import check_gpu, start_userbuffers
     from gram_engine.objectives import describe_losses
     from gram_engine.training.initialise import complete_vocabulary, prepare_data, start_model_parallel, start_processes
     from gram_engine.training.loop import Trainer
     from gram_engine.training.pipeline_balance import Work, balance_report
     from gram_engine.training.reporting import log
 
+    check_gpu(config, platform)
     losses = describe_losses(config, platform.device)
     start_processes(config, platform)
     try:
         start_model_parallel(config)
+        start_userbuffers(config)
         prepared = prepare_data(config)
         complete_vocabulary(config, prepared)
         log(config.to_yaml())
@@ -72,7 +77,7 @@ def run(config: Config) -> dict[str, float]:
         dist.destroy_process_group()
 
 
-def _hush_known_warnings() -> None:
+def hush_known_warnings() -> None:
     """Optional packages that megatron-core misses, and deprecations inside it, say nothing a user could act on."""
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)

@@ -23,6 +23,7 @@ def wrap_ddp(chunks: list[Module], config: Config) -> list[DistributedDataParall
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_param_gather=config.training.fp8_param_gather,
     )
     wrapped = []
     for index, chunk in enumerate(chunks):
@@ -48,6 +49,7 @@ def build_optimizer(model: list[DistributedDataParallel], config: Config) -> Meg
         adam_eps=training.adam_eps,
         clip_grad=training.clip_grad,
         bf16=training.bf16,
+        fp8_recipe=training.fp8_recipe if training.fp8_format else None,
         params_dtype=model[0].config.params_dtype,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,

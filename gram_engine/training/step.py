@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from gram_engine.data.context_parallel import part_of
 from gram_engine.data.loader import GlobalBatch, PackedBatch
-from gram_engine.model.label_rows import LabelledSequences
+from gram_engine.model.attention import PackSequences
 from gram_engine.objectives import Objective, ObjectiveOutput
 from gram_engine.objectives.base import PreferenceObjective
 
@@ -36,6 +37,9 @@ def run_schedule(
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         # Stages then know the shape of what they receive without asking each time.
         microbatches = [_padded(microbatch, longest) for microbatch in microbatches]
+    context, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    if context > 1:
+        microbatches = [part_of(microbatch, rank, context) for microbatch in microbatches]
     chunks = [_batches_on(device, microbatches) for _ in model]
     return get_forward_backward_func()(
         forward_step_func=partial(_forward_step, objective=objective),
@@ -73,15 +77,20 @@ def _batches_on(device: torch.device, microbatches: list[PackedBatch]) -> Iterat
 
 def _forward_step(data_iterator: Iterator[PackedBatch], model, objective: Objective):
     batch = next(data_iterator)
-    sequences = LabelledSequences(
+    sequences = PackSequences(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
+        gather_order=batch.gather_order,
+        label_keys=batch.label_keys,
     )
     if isinstance(objective, PreferenceObjective):
         sequences.label_rows, sequences.label_positions = batch.rows, batch.position_ids[batch.rows]
+        sequences.label_cu_seqlens = batch.label_cu_seqlens
+        if batch.label_cu_seqlens is None:
+            sequences.label_cu_seqlens = batch.cu_seqlens[: len(batch.rows) + 1]  # samples come before padding
     output = model(
         batch.tokens.unsqueeze(0),
         batch.position_ids.unsqueeze(0),
