@@ -14,6 +14,7 @@ COMMANDS = {
     "score": ("gram_engine.scoring.score_file:main", "score preference pairs with a Hugging Face folder"),
     "rank": ("gram_engine.scoring.score_file:rank_main", "rank lists of responses, or find the best of n"),
     "evaluate": ("gram_engine.evaluation.evaluate:main", "RewardBench, RM-Bench, JudgeBench, HHH or own pairs: a report"),
+    "plan": ("gram_engine.planning.command:main", "which layouts of a model fit on how many GPUs, and how fast"),
     "train-tokenizer": ("gram_engine.train_tokenizer:main", "train a SentencePiece tokenizer on preference files"),
     "demo-data": ("gram_engine.demo:main", "make the demonstration preference data"),
 }

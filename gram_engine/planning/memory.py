@@ -1,0 +1,296 @@
+"""Bytes of one process: parameters, gradients, optimizer, activations, logits, and what exists for a moment only.
+
+Activations are what autograd keeps for the backward pass, counted tensor by tensor (tests/test_plan.py compares the count
+with autograd's own).  The peak is looked for over the pipeline schedule: the micro-batches in flight at each backward pass,
+the head's logits, the embedding's dense gradient and the optimizer's temporaries each exist at another moment.
+
+Data parallelism is in `shards`, context parallelism in the pack's tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from gram_engine.config import Config
+from gram_engine.kernels.linear_cross_entropy import LOGITS_BYTES
+from gram_engine.training.pipeline_balance import stage_layers
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How the layers run; the defaults are this engine's on a GPU.
+
+    local_layers: gram_engine's norms and rotary embedding instead of Transformer Engine's.
+    fused_swiglu: the activation keeps its input only, not its two factors as well (two more feed-forward widths).
+    attention_by_sequence: each sequence of a pack has an output of its own before they are joined.
+    gradient_bytes: of one element of DDP's gradient buffer.
+    logits_bytes: of a chunk of logits, where --logits-chunk-size is not given.
+    overhead_bytes, overhead_fraction: CUDA context, NCCL and cuBLAS buffers; fragmentation, as part of all tensors.
+    """
+
+    local_layers: bool = False
+    fused_swiglu: bool = True
+    attention_by_sequence: bool = False
+    gradient_bytes: int = 4
+    logits_bytes: int = LOGITS_BYTES["cuda"]
+    overhead_bytes: int = 4 * GIB
+    overhead_fraction: float = 0.05
+
+
+GPU = Engine()
+CPU = Engine(
+    local_layers=True,
+    fused_swiglu=False,
+    attention_by_sequence=True,
+    logits_bytes=LOGITS_BYTES["cpu"],
+    overhead_bytes=0,
+    overhead_fraction=0.0,
+)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One micro-batch: tokens of one process (a pack's, divided by context parallelism) and rows that predict."""
+
+    tokens: float
+    rows: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process at its peak, by kind."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    temporary: float
+    overhead: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def peak_memory(config: Config, stage: int, pack: Pack, microbatches: int, shards: int, engine: Engine = GPU) -> Memory:
+    """A process of pipeline stage `stage` at its peak.
+
+    Args:
+        microbatches: of one step on this process.
+        shards: processes over which the distributed optimizer spreads its state; 1 without it.
+    """
+    count = parameter_count(config, stage)
+    element = _element(config)
+    main_parameters = 4 if config.training.bf16 else 0
+    # FP8 without --fp8-param-gather keeps two 8-bit copies beside the weights; with it, in their place.
+    copies = 2 * _matrices(config, stage) if config.training.fp8_format and not config.training.fp8_param_gather else 0
+    states = dict(
+        parameters=element * count + copies,
+        gradients=engine.gradient_bytes * count,
+        optimizer=(8 + main_parameters) * count / shards,
+    )
+    moments = _Moments(config, stage, pack, microbatches, engine).all()
+    activations, logits, temporary = max(moments, key=sum)
+    tensors = sum(states.values()) + activations + logits + temporary
+    overhead = engine.overhead_bytes + engine.overhead_fraction * tensors
+    return Memory(**states, activations=activations, logits=logits, temporary=temporary, overhead=overhead)
+
+
+def parameter_count(config: Config, stage: int) -> int:
+    """Parameters of a process of pipeline stage `stage`."""
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    stages = config.parallel.pipeline_model_parallel_size
+    norms = 2 * model.hidden_size + (2 * model.kv_channels if model.qk_layernorm else 0)
+    count = _matrices(config, stage) + stage_layers(config)[stage] * norms
+    vocabulary = config.padded_vocab_size // tp * model.hidden_size
+    untied = model.untie_embeddings_and_output_weights
+    if stage == 0:
+        count += vocabulary
+    if stage == stages - 1:
+        count += model.hidden_size
+        # A tied weight on a pipeline is there twice, unless stage 2 borrows its two rows (model/reward_model.py).
+        count += vocabulary if untied or (stages > 1 and not config.label_rows_only) else 0
+    return count
+
+
+def _matrices(config: Config, stage: int) -> int:
+    """Elements of the layers' matrices."""
+    query, group, mlp = _columns(config)
+    return stage_layers(config)[stage] * config.model.hidden_size * (2 * query + 2 * group + 3 * mlp)
+
+
+def layer_bytes(config: Config, tokens: float, engine: Engine = GPU) -> float:
+    """What autograd keeps of one transformer layer, its input included, for a micro-batch of `tokens` on this process."""
+    query, group, mlp = _columns(config)
+    element, product = _element(config), _product(config)
+    heads, context = config.model.num_attention_heads, config.parallel.context_parallel_size
+    # Query and key after the rotary embedding, value, output and its log-normalisers.
+    attention = element * (2 * query + 2 * group) + 4 * heads / config.parallel.tensor_model_parallel_size
+    if engine.local_layers and context > 1:
+        attention += element * 2 * group * (context - 1)  # keys and values of all context-parallel processes
+    elif engine.local_layers:
+        attention += element * (query + group)  # the value is a view of the whole projection
+    if engine.attention_by_sequence:
+        attention += element * query
+    elif product != element:
+        attention += product * query
+    if engine.local_layers:
+        attention += 4 * element * config.model.kv_channels  # cosine and sine, for query and key
+    if config.model.qk_layernorm:
+        attention += _head_norms(config, query, group, engine)
+    activation = element * mlp * (2 if engine.fused_swiglu else 4) + product * mlp
+    return tokens * (2 * norm_bytes(config, engine) + attention + activation)
+
+
+def norm_bytes(config: Config, engine: Engine) -> float:
+    """Kept of one norm and of the matrix product behind it, per token of the whole pack: its input, its output, statistics."""
+    share = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
+    # torch's norm keeps its input and the normalised input, both in fp32; Transformer Engine's the input alone.
+    inside = 8 if engine.local_layers else _element(config)
+    return ((inside + _product(config)) * config.model.hidden_size + 4) / share
+
+
+def pruned_layer_bytes(config: Config, pack: Pack, engine: Engine) -> float:
+    """The last layer of stage 2 (model/label_rows.py): keys and values of all tokens, all else of label rows."""
+    query, group, mlp = _columns(config)
+    element = _element(config)
+    tokens = norm_bytes(config, engine) + element * (3 * group + 2 * config.model.kv_channels)
+    weights = element * config.model.hidden_size * (query + 2 * group)
+    return pack.tokens * tokens + weights + layer_bytes(config, pack.rows, engine)
+
+
+def _head_norms(config: Config, query: float, group: float, engine: Engine) -> float:
+    """Norms of each head's query and key (Qwen3): inputs, and what the norm keeps."""
+    element = _element(config)
+    statistics = 4 * (query + group) / config.model.kv_channels
+    if not engine.local_layers:
+        return element * query + statistics
+    copies = 4 * (query + group) if element == 2 else 4 * query
+    return copies + 4 * (query + group) + statistics
+
+
+class _Moments:
+    """Candidates for a process's peak, each (activations, logits, temporary) in bytes beyond the states."""
+
+    def __init__(self, config: Config, stage: int, pack: Pack, microbatches: int, engine: Engine):
+        self.config, self.pack, self.engine = config, pack, engine
+        parallel = config.parallel
+        self.stage, self.stages = stage, parallel.pipeline_model_parallel_size
+        self.microbatches = min(microbatches, 3 * self.stages)  # then the schedule repeats itself
+        self.chunks = config.virtual_pipeline_size or 1
+        self.layers = stage_layers(config)[stage] // self.chunks
+        self.element = _element(config)
+        self.share = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        self.row = self.element * config.model.hidden_size * pack.tokens / self.share
+        self.recompute = config.training.recompute_granularity == "full"
+
+    def all(self) -> list[tuple[float, float, float]]:
+        moments = []
+        kept = [self._kept(chunk) for chunk in range(self.chunks)]
+        last = self.chunks - 1 if self.stage == self.stages - 1 else None
+        live = 0.0
+        for forward, chunk in schedule(self.stages, self.stage, self.chunks, self.microbatches):
+            if forward:
+                live += kept[chunk]
+                if chunk == last:
+                    moments.append((live, *self._head()))
+                continue
+            moments.append((live, 0.0, self._backward(chunk)))
+            live -= kept[chunk]
+            if chunk == 0 and self.stage == 0:
+                moments.append((live, 0.0, self._embedding_gradient()))
+        return moments
+
+    def _kept(self, chunk: int) -> float:
+        """Activations of one micro-batch in one chunk of layers."""
+        config, engine = self.config, self.engine
+        is_last = self._is_last(chunk)
+        whole = self.layers - (1 if is_last and config.prunes_last_layer else 0)
+        if self.recompute:
+            blocks = -(-self.layers // config.training.recompute_num_layers)
+            kept = blocks * self.row
+        else:
+            kept = whole * layer_bytes(config, self.pack.tokens, engine)
+            kept += pruned_layer_bytes(config, self.pack, engine) if whole < self.layers else 0.0
+        if not is_last:
+            kept += self.row  # what is sent to the next stage stays until its gradient comes
+        elif config.training.objective == "response-lm" or not config.label_rows_only:
+            rows = self.pack.tokens if config.training.objective == "response-lm" else self.pack.rows
+            kept += rows * norm_bytes(config, engine)
+            kept += 2 * self.pack.rows * self.element * config.model.hidden_size  # rows that predict, and their gradient
+        if engine.local_layers and self.element == 2 and not (self.stage == 0 and chunk == 0) and not self.recompute:
+            kept += self.row  # what came from the stage before; the norm keeps its own fp32 copy
+        return kept
+
+    def _is_last(self, chunk: int) -> bool:
+        return self.stage == self.stages - 1 and chunk == self.chunks - 1
+
+    def _head(self) -> tuple[float, float]:
+        """(logits, other temporaries) of the loss."""
+        config = self.config
+        training = config.training
+        if config.label_rows_only:
+            return 0.0, 0.0
+        tp = config.parallel.tensor_model_parallel_size
+        width = config.padded_vocab_size // tp * self.element
+        chunk = training.logits_chunk_size or max(self.engine.logits_bytes // width // 128, 1) * 128
+        buffers = 1 if tp == 1 else 2
+        gathered = self.element * config.model.hidden_size * self.pack.tokens if config.parallel.sequence_parallel else 0.0
+        return buffers * min(chunk, self.pack.rows) * width, gathered
+
+    def _backward(self, chunk: int) -> float:
+        """Gradients on their way through the feed-forward layer, where most of them meet all activations."""
+        _, _, mlp = _columns(self.config)
+        hidden, tokens = self.config.model.hidden_size, self.pack.tokens
+        if self._is_last(chunk) and self.config.prunes_last_layer and self.layers == 1:
+            return 2 * self.row
+        part = tokens * mlp * self.element
+        gradients = max(2 * part, part + mlp * hidden * self.element)
+        if self.share > 1:
+            gradients += self.element * hidden * tokens  # the gathered pack
+        again = min(self.config.training.recompute_num_layers, self.layers) if self.recompute else 0
+        return again * layer_bytes(self.config, tokens, self.engine) + gradients + 2 * self.row
+
+    def _embedding_gradient(self) -> float:
+        vocabulary = self.config.padded_vocab_size // self.config.parallel.tensor_model_parallel_size
+        hidden = self.config.model.hidden_size
+        return self.element * hidden * (vocabulary + self.pack.tokens)
+
+
+def schedule(stages: int, stage: int, chunks: int, microbatches: int) -> list[tuple[bool, int]]:
+    """megatron-core's order of work on one pipeline stage: (forward?, chunk) for each micro-batch and chunk.
+
+    1F1B: stages - stage - 1 forward passes ahead.  Interleaved: groups of `stages` micro-batches go through all chunks, and
+    2 (stages - stage - 1) + (chunks - 1) stages passes are ahead.
+    """
+    total = microbatches * chunks
+    ahead = stages - stage - 1 if chunks == 1 else 2 * (stages - stage - 1) + (chunks - 1) * stages
+    ahead = min(ahead, total)
+    forward = [(True, number // stages % chunks) for number in range(total)]
+    backward = [(False, chunks - 1 - chunk) for _, chunk in forward]
+    order = forward[:ahead]
+    for number in range(total - ahead):
+        order += [forward[ahead + number], backward[number]]
+    return order + backward[total - ahead :]
+
+
+def _element(config: Config) -> int:
+    return 2 if config.training.bf16 else 4
+
+
+def _product(config: Config) -> int:
+    """Bytes of an element that a matrix product of the layers keeps."""
+    return 1 if config.training.fp8_format else _element(config)
+
+
+def _columns(config: Config) -> tuple[float, float, float]:
+    """This tensor-parallel process's columns of query, of key (as many of value), and of one half of the MLP."""
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    return (
+        model.num_attention_heads * model.kv_channels // tp,
+        model.num_query_groups * model.kv_channels // tp,
+        model.ffn_hidden_size // tp,
+    )
