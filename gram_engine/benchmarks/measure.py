@@ -11,9 +11,9 @@ import platform
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 
@@ -41,14 +41,20 @@ class Row:
     time_ratio: float | None = None
     memory_ratio: float | None = None
     note: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 class PeakMemory:
     """Most bytes in use at one time beyond those in use at the start: the GPU allocator's, or this process's resident
-    memory (Linux; None elsewhere).  The latter includes the libraries' workspaces."""
+    memory (Linux; None elsewhere).  The latter includes the libraries' workspaces.
 
-    def __init__(self, device: torch.device):
+    Args:
+        exact: CPU: hand freed blocks back at once, which is slower; else small freed blocks stay and are reused.
+    """
+
+    def __init__(self, device: torch.device, exact: bool = True):
         self.device = device
+        self.exact = exact
         self.bytes: int | None = None
 
     def __enter__(self) -> PeakMemory:
@@ -58,7 +64,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
         else:
-            _keep_freed_memory(False)
+            if self.exact:
+                _keep_freed_memory(False)
             self._before = _reset_resident_peak()
         return self
 
@@ -68,7 +75,8 @@ class PeakMemory:
             self.bytes = torch.cuda.max_memory_allocated() - self._before
         elif self._before is not None:
             self.bytes = max(0, _status_bytes("VmHWM") - self._before)
-            _keep_freed_memory(True)
+            if self.exact:
+                _keep_freed_memory(True)
 
 
 def _reset_resident_peak() -> int | None:
@@ -176,13 +184,14 @@ def _ratio(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:,.2f}x" if ratio < 100 else f"{ratio:,.0f}x"
 
 
-def write_json(path: str | Path, rows: list[Row]) -> None:
-    """The rows with date, command and versions."""
+def write_json(path: str | Path, rows: list, **more: Any) -> None:
+    """The rows (dataclasses) with date, command and versions, and what else there is to keep."""
     content = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": versions(),
         "rows": [asdict(row) for row in rows],
+        **more,
     }
     with write_atomically(path) as handle:
         json.dump(content, handle, indent=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -47,7 +47,7 @@ def step_rows(model: str, layers: int | None, tokens: int, samples: int, dtype: 
     platform = platforms.initialise()
     for name, flags in VARIANTS.items():
         config = _config(model, layers, tokens // samples, samples, dtype, flags)
-        step = _make_step(config, platform, samples, tokens // samples)
+        step = make_step(config, platform, random_batch(config, samples, tokens // samples))
         seconds, done, peak = measure(step, platform.device, repeats, budget)
         sizes = {"layers": config.model.num_layers, "hidden": config.model.hidden_size}
         sizes |= {"vocabulary": config.padded_vocab_size, "tokens": tokens, "labels": samples}
@@ -72,7 +72,8 @@ def _config(model: str, layers: int | None, length: int, samples: int, dtype: st
     return config
 
 
-def _make_step(config: Config, platform: platforms.Platform, samples: int, length: int):
+def make_step(config: Config, platform: platforms.Platform, batch) -> Callable[[], None]:
+    """A function that does one training step on the global batch, in the process groups that are up."""
     from megatron.core import parallel_state
 
     from gram_engine.model.build import build_model
@@ -82,10 +83,9 @@ def _make_step(config: Config, platform: platforms.Platform, samples: int, lengt
 
     model = wrap_ddp(build_model(config, platform), config)
     optimizer = build_optimizer(model, config)
-    build_scheduler(optimizer, config, 100 * samples)
+    build_scheduler(optimizer, config, 100 * batch.num_samples)
     objective = build_objective(config, LABEL_IDS, parallel_state.get_tensor_model_parallel_group())
     connect_schedule(model, optimizer, objective, config)
-    batch = _random_batch(samples, length, config.model.vocab_size)
 
     def step() -> None:
         for chunk in model:
@@ -97,22 +97,27 @@ def _make_step(config: Config, platform: platforms.Platform, samples: int, lengt
     return step
 
 
-def _random_batch(samples: int, length: int, vocabulary: int):
-    """One micro-batch of samples of equal length."""
+def random_batch(config: Config, samples: int, length: int, microbatches: int = 1):
+    """Micro-batches of `samples` random samples of equal length; in stage 1 every position but a sample's last predicts."""
     from gram_engine.data.loader import GlobalBatch, PackedBatch
 
     tokens = samples * length
     generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(0, config.model.vocab_size, (tokens,), generator=generator)
+    positions = torch.arange(tokens)
+    stage_1 = config.training.objective == "response-lm"
+    rows = positions[(positions + 1) % length != 0] if stage_1 else torch.arange(1, samples + 1) * length - 1
     pack = PackedBatch(
-        tokens=torch.randint(0, vocabulary, (tokens,), generator=generator),
+        tokens=drawn,
         position_ids=torch.arange(length).repeat(samples),
         cu_seqlens=torch.arange(samples + 1, dtype=torch.int32) * length,
         max_seqlen=length,
-        rows=torch.arange(1, samples + 1) * length - 1,
-        targets=torch.empty(0, dtype=torch.int64),
+        rows=rows,
+        targets=drawn[rows + 1] if stage_1 else torch.empty(0, dtype=torch.int64),
         sample_ids=torch.arange(samples),
         preference=(torch.arange(samples) % 2).float(),
         weight=torch.ones(samples),
         margin=torch.zeros(samples),
     )
-    return GlobalBatch([pack], samples, tokens, samples, samples * length**2)
+    total = microbatches * samples
+    return GlobalBatch([pack] * microbatches, total, total * length, microbatches * len(rows), total * length**2)
