@@ -1,25 +1,21 @@
 """Typed configuration: dataclasses -> command line and YAML, with Megatron's flag names.
 
 One dataclass per concern; every field is a flag (``tensor_model_parallel_size`` is ``--tensor-model-parallel-size``) and a
-YAML key of the same name.  YAML is turned into flags placed before the user's own, so one parser (tyro) types and checks
-both, and the command line wins.  Wrong combinations are refused in validation.py, before any process group starts.
+YAML key of the same name; command_line.py reads both.  Wrong combinations are refused in validation.py, before any process
+group starts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Optional
+from typing import Literal, Optional
 
-import tyro
 import yaml
 
-from gram_engine.errors import ConfigError
 from gram_engine.fileio import write_atomically
 
 # Rows that FP8 matrix products take: a multiple of this.
@@ -177,6 +173,14 @@ class TrainingConfig:
     """Length of the run in passes over the data."""
     exit_interval: Optional[int] = None
     """Save and leave after this step, with the schedule of the whole run kept."""
+    exit_duration_in_mins: Optional[float] = None
+    """Save and leave after so many minutes (of this process), with the schedule of the whole run kept."""
+    check_for_nan: bool = False
+    """Stop at the first step whose loss or gradient is NaN or infinite; else such a step is skipped."""
+    max_skipped_steps: int = 5
+    """Stop after so many skipped steps in a row."""
+    loss_spike_factor: float = 3.0
+    """Warn when a step's loss is over this times its recent mean; 0: never."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 main parameters and gradients."""
     fp8_format: Optional[Literal["e4m3", "hybrid"]] = None
@@ -237,6 +241,12 @@ class CheckpointConfig:
     """Restore the optimizer when resuming."""
     async_save: bool = False
     """Write checkpoints in the background."""
+    keep_last: Optional[int] = None
+    """Keep only so many of the newest checkpoints; unset: all."""
+    keep_every: Optional[int] = None
+    """With --keep-last, also keep the checkpoints of steps that are multiples of this."""
+    strict_load: bool = False
+    """Refuse a damaged checkpoint; else the one before it is used, with a warning."""
 
 
 @dataclass
@@ -347,90 +357,3 @@ def world_size() -> int:
 def is_main_process() -> bool:
     """True in the process that prints."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def parse(argv: list[str], prog: str = "gram", defaults: tuple[str, ...] = (), schema: type = Config) -> Config:
-    """Configuration from flags; `--config FILE.yaml` (may repeat) fills in what the flags leave open.
-
-    `schema` is the dataclass of sections to fill; a file's keys that only the trainer knows are then passed over, so that
-    one file can serve preprocessing and training.
-
-    Raises:
-        ConfigError: a YAML file is missing, or holds a key that is no flag.
-        SystemExit: tyro's usual exit after `--help` or a badly typed flag.
-    """
-    files, flags = _split_config_files(list(argv))
-    from_files = [flag for file in files for flag in _flags_from_yaml(Path(file), schema)]
-    return tyro.cli(
-        schema,
-        args=[*defaults, *from_files, *flags],
-        prog=prog,
-        description=f"{schema.__doc__} --config FILE.yaml reads flags from a file.",
-        config=(tyro.conf.OmitArgPrefixes,),
-        console_outputs=is_main_process(),
-    )
-
-
-def load_yaml(path: str | Path) -> Config:
-    """Configuration from a YAML file alone, such as a checkpoint's run_config.yaml."""
-    return parse(["--config", str(path)])
-
-
-def _split_config_files(argv: list[str]) -> tuple[list[str], list[str]]:
-    files, flags = [], []
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument == "--config":
-            files.append(next(arguments, ""))
-        elif argument.startswith("--config="):
-            files.append(argument.partition("=")[2])
-        else:
-            flags.append(argument)
-    return files, flags
-
-
-def _flag_names(schema: type) -> set[str]:
-    return {f.name for section in dataclasses.fields(schema) for f in dataclasses.fields(section.default_factory)}
-
-
-def _flags_from_yaml(path: Path, schema: type) -> list[str]:
-    if not path.is_file():
-        raise ConfigError(f"--config {path}: no such file.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    sections = {section.name for section in dataclasses.fields(Config)}
-    flags: list[str] = []
-    for key, value in content.items():
-        # A section such as "parallel:" may group keys; "model:" is a section when it holds a mapping, else the preset.
-        grouped = key in sections and isinstance(value, dict)
-        for name, entry in value.items() if grouped else [(key, value)]:
-            flags += _flag(path, name, entry, schema)
-    return flags
-
-
-def _flag(path: Path, key: str, value: Any, schema: type) -> list[str]:
-    name = str(key).replace("-", "_")
-    if name in _flag_names(Config) - _flag_names(schema):
-        return []
-    if name not in _flag_names(schema):
-        close = difflib.get_close_matches(name, _flag_names(schema), n=1)
-        raise ConfigError(f"{path}: unknown key '{key}'." + (f" Did you mean '{close[0]}'?" if close else ""))
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"] if not _is_optional_bool(name) else [f"--{flag}", str(value)]
-    if isinstance(value, list):
-        return [f"--{flag}", *map(str, value)] if value else []
-    return [f"--{flag}", str(value)]
-
-
-def _is_optional_bool(name: str) -> bool:
-    return ModelConfig.__annotations__.get(name) == "Optional[bool]"
-
-
-def fail(error: Exception) -> NoReturn:
-    """End a command-line tool with an error a user can mend: its text once, no traceback, exit status 2."""
-    if is_main_process():
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(2)

@@ -18,7 +18,7 @@ from typing import Any, Optional
 
 import tyro
 
-from gram_engine.config import fail
+from gram_engine.command_line import fail
 from gram_engine.errors import ConfigError, GramError
 from gram_engine.fileio import write_atomically
 

@@ -13,7 +13,8 @@ from typing import Iterator, Optional
 import sentencepiece
 import tyro
 
-from gram_engine.config import DataConfig, fail
+from gram_engine.command_line import fail
+from gram_engine.config import DataConfig
 from gram_engine.data.readers import read_rows
 from gram_engine.data.schema import Pair
 from gram_engine.data.template import JudgeTemplate

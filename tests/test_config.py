@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gram_engine.config import load_yaml, parse
+from gram_engine.command_line import load_yaml, parse
 from gram_engine.errors import ConfigError
 from gram_engine.validation import check, resolve_shape
 

@@ -49,7 +49,7 @@ def assert_same_weights(one, other):
 
 def weights_of(prefix, tokenizer, start):
     """This process's parameters as a run begins with them."""
-    from gram_engine.config import parse
+    from gram_engine.command_line import parse
     from gram_engine.validation import resolve_shape
 
     text = f"--seq-length 192 --global-batch-size 8 --train-iters 4 --data-path {prefix} --tokenizer-model {tokenizer} {start}"

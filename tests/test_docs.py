@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gram_engine import cli, config
+from gram_engine import cli, command_line, config
 from gram_engine.launch import split_flags
 from gram_engine.validation import resolve_shape
 
@@ -72,7 +72,7 @@ def test_flag_table_names_flags():
 @pytest.mark.parametrize("file", RUNS, ids=lambda file: file.stem)
 def test_configurations_parse(file):
     text = file.read_text(encoding="utf-8")
-    parsed = config.load_yaml(file)
+    parsed = command_line.load_yaml(file)
     if "model:" in text or "num_layers:" in text:
         resolve_shape(parsed)
         assert parsed.model.num_layers
@@ -84,6 +84,6 @@ def test_configurations_parse(file):
     "kind, lr, epochs, batch, smoothing", [("paper", 1e-5, 1, 256, 0.1), ("release", 2e-5, 2, 128, 0.05)]
 )
 def test_stage_two_presets(kind, lr, epochs, batch, smoothing):
-    training = config.load_yaml(ROOT / f"examples/configs/stage2-{kind}.yaml").training
+    training = command_line.load_yaml(ROOT / f"examples/configs/stage2-{kind}.yaml").training
     found = (training.lr, training.train_epochs, training.global_batch_size, training.label_smoothing)
     assert found == (lr, epochs, batch, smoothing)

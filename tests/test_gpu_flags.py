@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from gram_engine.config import parse
+from gram_engine.command_line import parse
 from gram_engine.data.context_parallel import held_positions
 from gram_engine.validation import resolve_shape
 from tests.tiny import tiny_config, tiny_trainer, train_steps

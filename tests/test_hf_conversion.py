@@ -31,7 +31,7 @@ def packed_logits(prefix, tokenizer, folder, lengths, tokens):
 
 def hf_run(prefix, tokenizer, folder, flags=""):
     """The tiny run's configuration, with the shape and the weights of a Hugging Face folder instead."""
-    from gram_engine.config import parse
+    from gram_engine.command_line import parse
     from gram_engine.validation import resolve_shape
 
     run = f"--seq-length 192 --global-batch-size 8 --train-iters 4 --load-hf {folder} {flags}"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gram_engine.config import parse
+from gram_engine.command_line import parse
 from gram_engine.training.pipeline_balance import Work, balance_report, best_last_stage, stage_costs, stage_layers
 from gram_engine.validation import resolve_shape
 

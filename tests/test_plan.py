@@ -6,7 +6,8 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from gram_engine.config import Config, parse
+from gram_engine.command_line import parse
+from gram_engine.config import Config
 from gram_engine.errors import ConfigError
 from gram_engine.planning import command
 from gram_engine.planning.layouts import Cluster, Data, Layout, best_layouts, evaluate, flags, parse_layout

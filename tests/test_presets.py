@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from gram_engine.config import parse
+from gram_engine.command_line import parse
 from gram_engine.convert.mapping import hf_shapes
 from gram_engine.errors import ConfigError
 from gram_engine.model.presets import PRESETS, ROPE_SCALING, hf_config, shape_from_hf

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from gram_engine.config import Config, parse
+from gram_engine.command_line import parse
+from gram_engine.config import Config
 
 SHAPE = (
     "--num-layers 6 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --num-query-groups 2 "

@@ -22,7 +22,7 @@ import tyro
 
 from gram_engine.benchmarks.measure import versions
 from gram_engine.benchmarks.page import RESULTS, write_page
-from gram_engine.config import fail
+from gram_engine.command_line import fail
 from gram_engine.errors import ConfigError, GramError
 from gram_engine.fileio import write_atomically
 

@@ -25,7 +25,8 @@ from gram_engine.benchmarks.peer_trainers import padded_batches, transformers_st
 from gram_engine.benchmarks.random_model import write_random_folder
 from gram_engine.benchmarks.throughput import OBJECTIVES, VOCABULARY, in_words, timed_steps
 from gram_engine.benchmarks.workload import write_workload
-from gram_engine.config import Config, fail, parse
+from gram_engine.command_line import fail, parse
+from gram_engine.config import Config
 from gram_engine.errors import GramError
 from gram_engine.training.main import hush_known_warnings
 from gram_engine.validation import check, resolve_shape

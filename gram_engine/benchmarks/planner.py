@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from gram_engine.benchmarks.measure import write_json
 from gram_engine.benchmarks.steps import make_step, random_batch
-from gram_engine.config import Config, parse
+from gram_engine.command_line import parse
+from gram_engine.config import Config
 from gram_engine.planning.memory import CPU, GIB, Pack, peak_memory
 from gram_engine.planning.published import RUNS, Run, as_published, as_this_engine
 from gram_engine.validation import resolve_shape

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from gram_engine.config import ModelConfig, parse
+from gram_engine.command_line import parse
+from gram_engine.config import ModelConfig
 from gram_engine.convert.jobs import in_files
 from gram_engine.convert.mapping import INDEX, SINGLE, rules
 from gram_engine.convert.safetensors_file import SafetensorsWriter

@@ -17,7 +17,8 @@ import tyro
 
 from gram_engine.benchmarks.measure import Row, add_ratios, describe, measure, table, write_json
 from gram_engine.benchmarks.random_model import model_of, write_random_folder
-from gram_engine.config import DataConfig, fail
+from gram_engine.command_line import fail
+from gram_engine.config import DataConfig
 from gram_engine.convert.companions import GRAM_CONFIG
 from gram_engine.data.readers import read_rows
 from gram_engine.errors import GramError

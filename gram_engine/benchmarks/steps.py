@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from gram_engine import platform as platforms
 from gram_engine.benchmarks.measure import Row, add_ratios, describe, measure
-from gram_engine.config import Config, parse
+from gram_engine.command_line import parse
+from gram_engine.config import Config
 from gram_engine.validation import resolve_shape
 
 LABEL_IDS = (32, 33)

@@ -16,7 +16,8 @@ import tyro
 from gram_engine import platform as platforms
 from gram_engine.benchmarks.measure import PeakMemory, Row, describe, table, write_json
 from gram_engine.benchmarks.workload import write_workload
-from gram_engine.config import Config, fail, is_main_process, parse, world_size
+from gram_engine.command_line import fail, parse
+from gram_engine.config import Config, is_main_process, world_size
 from gram_engine.errors import GramError
 from gram_engine.training.main import hush_known_warnings
 from gram_engine.validation import check, resolve_shape

@@ -21,7 +21,8 @@ from typing import Any, Iterable, Iterator, Optional, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from gram_engine.config import Config, DataConfig, fail, parse
+from gram_engine.command_line import fail, parse
+from gram_engine.config import Config, DataConfig
 from gram_engine.data.dataset import FORMAT_VERSION, SAMPLE_DTYPE, PairDataset
 from gram_engine.data.readers import OnReject, read_rows
 from gram_engine.data.samples import (

@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from gram_engine.config import fail
+from gram_engine.command_line import fail
 from gram_engine.errors import ConfigError, GramError
 from gram_engine.evaluation.report import write_report
 from gram_engine.evaluation.statistics import describe, rewards_of

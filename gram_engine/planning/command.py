@@ -10,7 +10,8 @@ from typing import Annotated, Literal, Optional
 
 import tyro
 
-from gram_engine.config import Config, ModelConfig, fail
+from gram_engine.command_line import fail
+from gram_engine.config import Config, ModelConfig
 from gram_engine.errors import ConfigError, GramError
 from gram_engine.fileio import write_atomically
 from gram_engine.planning.layouts import Cluster, Data, Plan, best_layouts, evaluate, flags, parse_layout

@@ -11,7 +11,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from gram_engine.config import DataConfig, fail
+from gram_engine.command_line import fail
+from gram_engine.config import DataConfig
 from gram_engine.data.fields import row_to_list
 from gram_engine.data.readers import read_items, read_rows
 from gram_engine.data.schema import Pair, ResponseList

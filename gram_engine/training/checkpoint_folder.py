@@ -14,7 +14,8 @@ import os
 import shutil
 from pathlib import Path
 
-from gram_engine.config import Config, load_yaml
+from gram_engine.command_line import load_yaml
+from gram_engine.config import Config
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import CheckpointError

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 
-from gram_engine.config import Config, fail, is_main_process, parse
+from gram_engine.command_line import fail, parse
+from gram_engine.config import Config, is_main_process
 from gram_engine.errors import GramError
 from gram_engine.validation import check, resolve_shape
 

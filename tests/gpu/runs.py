@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gram_engine.benchmarks.throughput import OBJECTIVES
 from gram_engine.benchmarks.workload import write_workload
-from gram_engine.config import parse
+from gram_engine.command_line import parse
 from gram_engine.validation import check, resolve_shape
 
 SHAPE = (
