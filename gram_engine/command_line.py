@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +17,8 @@ import yaml
 
 from gram_engine.config import Config, ModelConfig, is_main_process
 from gram_engine.errors import ConfigError
+
+SECONDS_FOR_MAIN = 30
 
 
 def parse(argv: list[str], prog: str = "gram", defaults: tuple[str, ...] = (), schema: type = Config) -> Config:
@@ -99,7 +102,12 @@ def _is_optional_bool(name: str) -> bool:
 
 
 def fail(error: Exception) -> NoReturn:
-    """End a command-line tool with an error a user can mend: its text once, no traceback, exit status 2."""
-    if is_main_process():
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    """End a command-line tool with an error a user can mend: its text once, no traceback, the error's exit status.
+
+    The main process says it.  A launcher ends all processes as soon as one has left, so the others give it time to; one that
+    is still there after that has an error of its own, and says it.
+    """
+    if not is_main_process():
+        time.sleep(SECONDS_FOR_MAIN)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(getattr(error, "exit_status", 2))

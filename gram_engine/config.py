@@ -354,6 +354,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def restarts() -> int:
+    """How many times torchrun (--max-restarts) has started this run again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def is_main_process() -> bool:
     """True in the process that prints."""
     return int(os.environ.get("RANK", "0")) == 0

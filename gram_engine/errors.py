@@ -2,7 +2,9 @@
 
 
 class GramError(Exception):
-    """Base of the errors below; command-line tools print its text without a traceback and exit with status 2."""
+    """Base of the errors below; command-line tools print its text without a traceback and exit with `exit_status`."""
+
+    exit_status = 2
 
 
 class ConfigError(GramError, ValueError):
@@ -15,3 +17,9 @@ class DataError(GramError, ValueError):
 
 class CheckpointError(GramError, RuntimeError):
     """A checkpoint that is missing, damaged, or of another shape."""
+
+
+class NumericsError(GramError, ArithmeticError):
+    """Losses or gradients that are not finite, step after step."""
+
+    exit_status = 3

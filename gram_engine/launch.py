@@ -7,15 +7,21 @@ torchrun needs its flags before the script and the trainer's after it; here they
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
+import signal
 import sys
 from typing import Sequence
 
+import psutil
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 # Flags of torchrun that would change what is run, rather than where.
 _NOT_PASSED = {"--help", "--module", "--no-python", "--run-path"}
+SPOKEN = (2, 3, 4)
+"""Exit statuses of trainers that have said what is wrong: a mistake, numerics, a hang."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,15 +33,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = [*with_defaults(for_torchrun), script, *for_script]
     arguments = run.parse_args(command)
     processes = arguments.nproc_per_node
+    forward_signals(arguments)
     if "OMP_NUM_THREADS" not in os.environ and processes.isdigit():
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(processes)))
     try:
         run.run(arguments)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        if failure.exitcode != 2:  # 2: the trainer has said what is wrong
+        if failure.exitcode not in SPOKEN:
             print(error.format_msg(), file=sys.stderr)
         sys.exit(max(1, failure.exitcode))
+
+
+def forward_signals(arguments: argparse.Namespace) -> None:
+    """Hand SIGTERM and SIGUSR1 on to the trainers, which save and leave with status 0; torchrun would kill them on SIGTERM."""
+    handled = arguments.signals_to_handle.split(",")
+    arguments.signals_to_handle = ",".join(name for name in handled if name not in ("SIGTERM", "SIGUSR1"))
+
+    def hand_on(number: int, _frame) -> None:
+        for trainer in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                trainer.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, hand_on)
 
 
 def split_flags(flags: Sequence[str]) -> tuple[list[str], list[str]]:

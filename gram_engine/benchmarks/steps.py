@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Callable, Iterator
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -121,4 +122,5 @@ def random_batch(config: Config, samples: int, length: int, microbatches: int = 
         margin=torch.zeros(samples),
     )
     total = microbatches * samples
-    return GlobalBatch([pack] * microbatches, total, total * length, microbatches * len(rows), total * length**2)
+    counts = (total, total * length, microbatches * len(rows), total * length**2)
+    return GlobalBatch([pack] * microbatches, *counts, np.arange(total))

@@ -50,13 +50,17 @@ class PackedBatch:
 
 @dataclass
 class GlobalBatch:
-    """This process's micro-batches of one step, equally many on every process, and the step's totals over all of them."""
+    """This process's micro-batches of one step, equally many on every process, and the step's totals over all of them.
+
+    sample_ids: int64 [samples], rows of the data set, the same on every process.
+    """
 
     microbatches: list[PackedBatch]
     num_samples: int
     num_tokens: int
     num_rows: int
     squared_lengths: int
+    sample_ids: np.ndarray
 
 
 class PackedLoader:
@@ -146,6 +150,7 @@ class PackedLoader:
             num_tokens=int(lengths.sum()),
             num_rows=int(self._num_rows[ids].sum()),
             squared_lengths=int((lengths**2).sum()),
+            sample_ids=ids,
         )
 
     def packs(self, lengths: np.ndarray) -> list[list[int]]:

@@ -35,6 +35,7 @@ from gram_engine.training.checkpoint_folder import (
     run_config_of,
     write_companions,
 )
+from gram_engine.training.save_helper import start_save_helper
 
 # Optimizer state by parameter in model space: the layout that can be loaded at any TP, PP and DP.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -69,6 +70,7 @@ class CheckpointSaver:
     def __init__(self, config: Config, data_manifest: dict):
         self.config = config
         self.data_manifest = data_manifest
+        start_save_helper()
         self.queue = AsyncCallsQueue(persistent=False) if config.checkpoint.async_save else None
 
     def save(self, state: TrainState, model: list, optimizer, scheduler) -> None:
@@ -103,6 +105,14 @@ class CheckpointSaver:
         """Publish background saves that are done; wait for them when `blocking`. Every process must call it."""
         if self.queue is not None:
             self.queue.maybe_finalize_async_calls(blocking=blocking)
+
+
+    def close(self) -> None:
+        """Wait for and publish what is still being written."""
+        self.finish()
+
+    def drain(self) -> None:
+        """Publish what is whole, after an error."""
 
 
 def _publish(temporary: Path, final: Path) -> None:

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.distributed.rendezvous import rendezvous
 
-from gram_engine.config import Config, is_main_process, world_size
+from gram_engine.config import Config, is_main_process, restarts, world_size
 from gram_engine.data.dataset import PairDataset
 from gram_engine.data.preprocess import ensure_preprocessed
 from gram_engine.data.tokenizer import Tokenizer
@@ -30,11 +31,19 @@ class PreparedData:
 
 def start_processes(config: Config, platform: Platform) -> None:
     """Join the default process group; one process alone needs no torchrun."""
-    timeout = datetime.timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    timeout = datetime.timedelta(minutes=_collective_minutes(config))
     if world_size() == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(platform.backend, timeout=timeout)
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        # After a restart by torchrun the store still holds the addresses of the processes that are gone.
+        store = dist.PrefixStore(f"start-{restarts()}", store)
+        dist.init_process_group(platform.backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def _collective_minutes(config: Config) -> float:
+    """Longest wait in a collective: longer than the watchdog's, which shows what every process does."""
+    return config.parallel.distributed_timeout_minutes + 2
 
 
 def start_model_parallel(config: Config) -> None:
@@ -45,7 +54,7 @@ def start_model_parallel(config: Config) -> None:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_size,
         context_parallel_size=parallel.context_parallel_size,
-        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        distributed_timeout_minutes=_collective_minutes(config),
     )
     torch.manual_seed(config.training.seed)
     model_parallel_cuda_manual_seed(config.training.seed, force_reset_rng=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
@@ -20,9 +21,12 @@ from gram_engine.training.checkpoint import CheckpointSaver, TrainState
 from gram_engine.training.evaluate import evaluate
 from gram_engine.training.flops import step_flops
 from gram_engine.training.initialise import PreparedData
-from gram_engine.training.optimizer import build_optimizer, build_scheduler, connect_schedule, wrap_ddp
+from gram_engine.training.numerics import NumericsGuard
+from gram_engine.training.optimizer import build_optimizer, build_scheduler, connect_schedule, step_if, wrap_ddp
 from gram_engine.training.reporting import Reporter, log
 from gram_engine.training.step import run_schedule, summed_stats
+from gram_engine.training.stopping import StopRequests
+from gram_engine.training.watchdog import Watchdog
 
 
 class Trainer:
@@ -43,49 +47,87 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config)
         self.scheduler = build_scheduler(self.optimizer, config, self.train_samples)
         connect_schedule(self.model, self.optimizer, self.objective, config)
+        self.numerics = NumericsGuard(config.training)
         self.saver = CheckpointSaver(config, self.dataset.manifest)
         self.state = self._resume()
 
     def train(self) -> dict[str, float]:
-        """Train to the end (or --exit-interval), evaluating and saving on the way. Returns the last metrics."""
-        config, state = self.config, self.state
-        last_step = min(self.total_steps, config.training.exit_interval or self.total_steps)
-        self.reporter = Reporter(config, self.platform, state.iteration, self.total_steps)
-        metrics: dict[str, float] = {}
+        """Train to the end (--exit-interval, a signal, --exit-duration-in-mins), evaluating and saving on the way.
+
+        Returns the last metrics.
+
+        Raises:
+            NumericsError: too many steps in a row had a loss or gradient that is not finite.
+            CheckpointError: a checkpoint could not be written.
+        """
+        config = self.config
+        limit = 60 * config.parallel.distributed_timeout_minutes
+        self.reporter = Reporter(config, self.platform, self.state.iteration, self.total_steps)
+        self.stop = StopRequests(config.training.exit_duration_in_mins, self.platform.device)
+        self.watchdog = Watchdog(limit, dist.get_rank())
+        try:
+            metrics = self._train(min(self.total_steps, config.training.exit_interval or self.total_steps))
+            self.watchdog.beat("finishing the last checkpoint")
+            self.saver.close()
+            return metrics
+        except Exception:
+            self.saver.drain()
+            raise
+        finally:
+            self.watchdog.close()
+            self.stop.close()
+            self.reporter.close()
+
+    def _train(self, last_step: int) -> dict[str, float]:
+        config, state, metrics = self.config, self.state, {}
         while state.iteration < last_step:
-            batch = self.loader.batch(state.consumed_samples)
-            stats, grad_norm = self.step(batch)
-            state.iteration += 1
-            state.consumed_samples += batch.num_samples
-            self.reporter.count(batch.num_samples, batch.num_tokens, step_flops(config, batch))
+            self.watchdog.beat(f"step {state.iteration + 1}")
+            stats, grad_norm = self.advance()
             self.saver.finish(blocking=False)
-            finished = state.iteration == last_step
+            stop = self.stop.reason()
+            finished = state.iteration == last_step or stop is not None
             if state.iteration % config.logging.log_interval == 0 or finished:
                 metrics = self.objective.metrics(stats)
                 self.reporter.train_line(
                     state.iteration, state.consumed_samples, metrics, self._learning_rate(), grad_norm
                 )
-            if self._due(config.logging.eval_interval, finished) and self.valid_loader:
+            if self._due(config.logging.eval_interval, finished and stop is None) and self.valid_loader:
                 metrics = {**metrics, **self.evaluate()}
             if config.checkpoint.save and self._due(config.checkpoint.save_interval, finished):
                 self.save()
-        self.saver.finish()
-        self.reporter.close()
+            if stop is not None:
+                saved = "saved" if config.checkpoint.save else "nothing saved (no --save)"
+                log(f"{stop}: leaving after step {state.iteration}/{self.total_steps}, {saved}")
+                break
         return metrics
 
+    def advance(self) -> tuple[dict[str, float], float]:
+        """The next step. Returns the objective's summed statistics and the gradient norm before clipping."""
+        state = self.state
+        batch = self.loader.batch(state.consumed_samples)
+        stats, grad_norm = self.step(batch)
+        state.iteration += 1
+        state.consumed_samples += batch.num_samples
+        self.reporter.count(batch.num_samples, batch.num_tokens, step_flops(self.config, batch))
+        self.numerics.record(state.iteration, self.objective.metrics(stats)["loss"], grad_norm, batch.sample_ids)
+        return stats, grad_norm
+
     def step(self, batch: GlobalBatch) -> tuple[dict[str, float], float]:
-        """One optimizer step. Returns the objective's summed statistics and the gradient norm before clipping."""
+        """One optimizer step, left out where its loss or gradient is not finite. Returns what `advance` does."""
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = run_schedule(self.model, batch, self.objective, self.platform.device)
-        _, grad_norm, _ = self.optimizer.step()
+        stats = summed_stats(results, self.objective, self.platform.device)
+        loss = self.objective.metrics(stats)["loss"]
+        grad_norm = step_if(self.optimizer, lambda norm: self.numerics.sound(loss, norm))
         self.scheduler.step(increment=batch.num_samples)
-        return summed_stats(results, self.objective, self.platform.device), float(grad_norm or 0.0)
+        return stats, grad_norm
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on the validation data, also logged."""
         started = time.perf_counter()
+        self.watchdog.beat(f"the evaluation after step {self.state.iteration}")
         self._settle_parameters()
         metrics = evaluate(self.model, self.valid_loader, self.valid_dataset, self.objective, self.platform.device)
         self._resume_hooks()
@@ -95,6 +137,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
+        self.watchdog.beat(f"saving step {self.state.iteration}")
         self._settle_parameters()
         self.saver.save(self.state, self.model, self.optimizer, self.scheduler)
         self._resume_hooks()

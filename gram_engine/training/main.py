@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
+from pathlib import Path
 
 from gram_engine.command_line import fail, parse
-from gram_engine.config import Config, is_main_process
+from gram_engine.config import Config, is_main_process, restarts
 from gram_engine.errors import GramError
 from gram_engine.validation import check, resolve_shape
 
@@ -29,6 +30,7 @@ def main(argv: list[str] | None, prog: str, defaults: tuple[str, ...]) -> None:
     try:
         config = parse(sys.argv[1:] if argv is None else argv, prog, defaults)
         resolve_shape(config)
+        _go_on_after_restart(config)
         check(config)
         if config.logging.dry_run:
             if is_main_process():
@@ -37,6 +39,15 @@ def main(argv: list[str] | None, prog: str, defaults: tuple[str, ...]) -> None:
         run(config)
     except GramError as error:
         fail(error)
+
+
+def _go_on_after_restart(config: Config) -> None:
+    """Started again by torchrun after a process died: resume from what this run has saved, if it has."""
+    from gram_engine.training.checkpoint_folder import TRACKER
+
+    save = config.checkpoint.save
+    if restarts() and save and (Path(save) / TRACKER).is_file():
+        config.checkpoint.load = save
 
 
 def run(config: Config) -> dict[str, float]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Callable
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
@@ -36,7 +38,7 @@ def wrap_ddp(chunks: list[Module], config: Config) -> list[DistributedDataParall
     return wrapped
 
 
-def build_optimizer(model: list[DistributedDataParallel], config: Config) -> MegatronOptimizer:
+def build_optimizer(model: list[DistributedDataParallel], config: Config) -> ChainedOptimizer:
     """Adam with decoupled weight decay (none on norms), gradient clipping and, on request, state sharded over DP."""
     training = config.training
     options = OptimizerConfig(
@@ -57,7 +59,22 @@ def build_optimizer(model: list[DistributedDataParallel], config: Config) -> Meg
     return get_megatron_optimizer(options, model, config_overrides=get_standard_config_overrides(options))
 
 
-def build_scheduler(optimizer: MegatronOptimizer, config: Config, train_samples: int) -> OptimizerParamScheduler:
+def step_if(optimizer: ChainedOptimizer, sound: Callable[[float], bool]) -> float:
+    """One step where `sound(gradient norm)`, else none: weights and optimizer state stay. Returns the norm before clipping.
+
+    `ChainedOptimizer.step` with a question in the middle.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if sound(norm):
+        for part in optimizer.chained_optimizers:
+            if part.config.clip_grad > 0.0 and not part.is_stub_optimizer:
+                clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=part.config.clip_grad, total_norm=norm)
+        optimizer.step_with_ready_grads()
+    return norm
+
+
+def build_scheduler(optimizer: ChainedOptimizer, config: Config, train_samples: int) -> OptimizerParamScheduler:
     """Warm-up and decay counted in samples."""
     training = config.training
     return OptimizerParamScheduler(
@@ -76,7 +93,7 @@ def build_scheduler(optimizer: MegatronOptimizer, config: Config, train_samples:
 
 
 def connect_schedule(
-    model: list[DistributedDataParallel], optimizer: MegatronOptimizer, objective: Objective, config: Config
+    model: list[DistributedDataParallel], optimizer: ChainedOptimizer, objective: Objective, config: Config
 ) -> None:
     """Tell megatron-core's schedule how gradients and parameters are synchronised (fields of the model's config)."""
     core = model[0].config
