@@ -8,9 +8,12 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import psutil
 import torch.multiprocessing as mp
 
 TIMEOUT_SECONDS = 180
+MOST_THREADS = 150
+"""Threads of a worker that has kept too many of its past groups: each of these wakes a hundred times a second."""
 
 
 class WorkerError(AssertionError):
@@ -36,10 +39,13 @@ class Pool:
             for rank in range(world_size):
                 self.workers[rank][1].send((function, args, rank, world_size, store))
             try:
-                return [self._answer(rank, timeout) for rank in range(world_size)]
+                answers = [self._answer(rank, timeout) for rank in range(world_size)]
             except WorkerError:
                 self.close()
                 raise
+        if max(threads for _, threads in answers) > MOST_THREADS:
+            self.close()
+        return [result for result, _ in answers]
 
     def close(self) -> None:
         """End all workers, and the checkpoint writers that they started."""
@@ -60,17 +66,18 @@ class Pool:
             theirs.close()
             self.workers.append((process, ours))
 
-    def _answer(self, rank: int, timeout: float):
+    def _answer(self, rank: int, timeout: float) -> tuple:
+        """(what the rank returned, its threads)"""
         connection = self.workers[rank][1]
         if not connection.poll(timeout):
             raise WorkerError(f"rank {rank} did not answer within {timeout} s")
         try:
-            result, failure = connection.recv()
+            result, failure, threads = connection.recv()
         except EOFError:
             raise WorkerError(f"rank {rank} died") from None
         if failure is not None:
             raise WorkerError(f"rank {rank} raised:\n{failure}")
-        return result
+        return result, threads
 
 
 def _kill_session(process) -> None:
@@ -97,9 +104,10 @@ def _serve(connection) -> None:
         except EOFError:
             return
         try:
-            connection.send((_in_world(function, args, rank, world_size, store), None))
+            result, failure = _in_world(function, args, rank, world_size, store), None
         except BaseException:
-            connection.send((None, traceback.format_exc()))
+            result, failure = None, traceback.format_exc()
+        connection.send((result, failure, psutil.Process().num_threads()))
 
 
 def _in_world(function, args, rank: int, world_size: int, store: str):

@@ -69,13 +69,13 @@ def benchmark(options: Benchmark, flags: list[str]) -> Row:
     if config.model.vocab_size is None and not own_data:
         config.model.vocab_size = VOCABULARY
     check(config, data=own_data)
-    with _trainer(config, own_data, options.stretch) as (trainer, peak):
+    with running_trainer(config, own_data, options.stretch) as (trainer, peak):
         seconds, batches, _ = timed_steps(trainer, options.warmup, options.steps)
     return _row(options, config, seconds, batches, peak.bytes)
 
 
 @contextlib.contextmanager
-def _trainer(config: Config, own_data: bool, stretch: float) -> Iterator[tuple]:
+def running_trainer(config: Config, own_data: bool, stretch: float) -> Iterator[tuple]:
     """A trainer, and the memory of everything that it holds and does."""
     hush_known_warnings()
     platform = platforms.initialise(config.parallel.device)
