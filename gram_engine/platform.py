@@ -197,6 +197,8 @@ _PROXY = TorchOnCpu()
 def _give_proxy(module: types.ModuleType) -> None:
     if getattr(module, "torch", None) is torch:
         module.torch = _PROXY
+    if module.__name__ == "megatron.core.jit":
+        module.disable_jit_fuser()  # torch.compile, of no use here, would double the time that every process takes to start
     if module.__name__ == "megatron.core.tensor_parallel.random":
         # These two reach into torch's CUDA generators instead of calling torch.cuda.
         module._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
