@@ -15,3 +15,13 @@ class DataError(GramError, ValueError):
 
 class CheckpointError(GramError, RuntimeError):
     """A checkpoint that is missing, damaged, or of another shape."""
+
+
+LONGEST_MESSAGE = 500
+
+
+def one_line(problem: object) -> str:
+    """The text of a problem that may quote a data file: shortened, and with escapes for what would steer a terminal."""
+    text = str(problem)
+    text = text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} ..."
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
