@@ -9,14 +9,16 @@ import dataclasses
 import difflib
 import sys
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any, NoReturn
 
 import tyro
-import yaml
 
 from gram_engine.config import Config, ModelConfig, is_main_process
 from gram_engine.errors import ConfigError
+from gram_engine.fileio import read_yaml
+from gram_engine.redact import redact
 
 SECONDS_FOR_MAIN = 30
 
@@ -33,14 +35,19 @@ def parse(argv: list[str], prog: str = "gram", defaults: tuple[str, ...] = (), s
     """
     files, flags = _split_config_files(list(argv))
     from_files = [flag for file in files for flag in _flags_from_yaml(Path(file), schema)]
-    return tyro.cli(
-        schema,
-        args=[*defaults, *from_files, *flags],
-        prog=prog,
-        description=f"{schema.__doc__} --config FILE.yaml reads flags from a file.",
-        config=(tyro.conf.OmitArgPrefixes,),
-        console_outputs=is_main_process(),
-    )
+    try:
+        return tyro.cli(
+            schema,
+            args=[*defaults, *from_files, *flags],
+            prog=prog,
+            description=f"{schema.__doc__} --config FILE.yaml reads flags from a file.",
+            config=(tyro.conf.OmitArgPrefixes,),
+            console_outputs=is_main_process(),
+        )
+    except SystemExit as end:
+        if end.code and files and is_main_process():
+            print(f"Flags came from the command line and from {', '.join(files)}.", file=sys.stderr)
+        raise
 
 
 def load_yaml(path: str | Path) -> Config:
@@ -61,6 +68,9 @@ def _split_config_files(argv: list[str]) -> tuple[list[str], list[str]]:
     return files, flags
 
 
+_SCALARS = (str, int, float, bool, date, type(None))
+
+
 def _flag_names(schema: type) -> set[str]:
     return {f.name for section in dataclasses.fields(schema) for f in dataclasses.fields(section.default_factory)}
 
@@ -68,10 +78,10 @@ def _flag_names(schema: type) -> set[str]:
 def _flags_from_yaml(path: Path, schema: type) -> list[str]:
     if not path.is_file():
         raise ConfigError(f"--config {path}: no such file.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    content = read_yaml(path)
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds a {type(content).__name__}, not keys and values. Write `name: value`, one a line.")
     sections = {section.name for section in dataclasses.fields(Config)}
     flags: list[str] = []
     for key, value in content.items():
@@ -90,6 +100,9 @@ def _flag(path: Path, key: str, value: Any, schema: type) -> list[str]:
         close = difflib.get_close_matches(name, _flag_names(schema), n=1)
         raise ConfigError(f"{path}: unknown key '{key}'." + (f" Did you mean '{close[0]}'?" if close else ""))
     flag = name.replace("_", "-")
+    entries = value if isinstance(value, list) else [value]
+    if not all(isinstance(entry, _SCALARS) and not str(entry).startswith("--") for entry in entries):
+        raise ConfigError(f"{path}: '{key}' holds what no flag takes. Give a number, text, true or false, or a list of them.")
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"] if not _is_optional_bool(name) else [f"--{flag}", str(value)]
     if isinstance(value, list):
@@ -109,5 +122,5 @@ def fail(error: Exception) -> NoReturn:
     """
     if not is_main_process():
         time.sleep(SECONDS_FOR_MAIN)
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
     raise SystemExit(getattr(error, "exit_status", 2))

@@ -17,6 +17,7 @@ from typing import Literal, Optional
 import yaml
 
 from gram_engine.fileio import write_atomically
+from gram_engine.redact import redact
 
 # Rows that FP8 matrix products take: a multiple of this.
 FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
@@ -84,8 +85,9 @@ class DataConfig:
     """Kind of tokenizer; auto: SentencePiece for a .model file, Hugging Face for a folder."""
     tokenizer_model: Optional[str] = None
     """SentencePiece .model file or Hugging Face tokenizer folder."""
-    template: str = "gram-code"
-    """Judge template: gram-code (the authors' code), gram-paper (Figure 7), or the path of a template file."""
+    template: Optional[str] = None
+    """Judge template: gram-code (the authors' code), gram-paper (Figure 7), or the path of a template file; default: that
+    of the data at --data-path, else gram-code."""
     pair_order: Literal["random", "both"] = "random"
     """Each pair once, in a seeded random order of its two responses, or in both orders."""
     ties: Literal["half", "drop"] = "half"
@@ -336,12 +338,12 @@ class Config:
         return two_token and training.fused_losses
 
     def to_yaml(self) -> str:
-        """The whole configuration as YAML, in sections; `parse --config` reads it back."""
+        """The whole configuration as YAML, in sections and without access tokens; `parse --config` reads it back."""
         plain = {
             section: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
             for section, values in dataclasses.asdict(self).items()
         }
-        return yaml.safe_dump(plain, sort_keys=False)
+        return redact(yaml.safe_dump(plain, sort_keys=False))
 
     def save(self, path: str | Path) -> None:
         """Write the configuration as YAML."""

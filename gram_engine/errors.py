@@ -23,3 +23,13 @@ class NumericsError(GramError, ArithmeticError):
     """Losses or gradients that are not finite, step after step."""
 
     exit_status = 3
+
+
+LONGEST_MESSAGE = 500
+
+
+def one_line(problem: object) -> str:
+    """The text of a problem that may quote a data file: shortened, and with escapes for what would steer a terminal."""
+    text = str(problem)
+    text = text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} ..."
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

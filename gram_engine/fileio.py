@@ -1,12 +1,17 @@
-"""Files that are whole or absent: write to a temporary name, fsync, rename."""
+"""Files that are whole or absent: write to a temporary name, fsync, rename. Small files, read with errors that name them."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Iterator
+from typing import IO, Any, Iterator
+
+import yaml
+
+from gram_engine.errors import ConfigError, GramError
 
 
 @contextmanager
@@ -25,7 +30,43 @@ def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
         temporary.unlink(missing_ok=True)
 
 
+def fsync(path: str | Path) -> None:
+    """Wait until a file's content, or a folder's entries, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sha256_of_file(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file, read in pieces."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def read_json(path: str | Path, error: type[GramError], remedy: str) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        error: the file cannot be read, is not JSON, or holds something other than an object; the text ends in `remedy`.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise error(f"{path}: not valid JSON ({problem}). {remedy}") from None
+    if not isinstance(content, dict):
+        raise error(f"{path}: holds a {type(content).__name__}, not a JSON object. {remedy}")
+    return content
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds; nothing in it is run.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not YAML.
+    """
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as problem:
+        raise ConfigError(f"{path}: not valid YAML: {problem}") from None

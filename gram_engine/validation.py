@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from gram_engine.config import Config, world_size
-from gram_engine.data.sources import source_is_there
+from gram_engine.data.sources import absent, source_is_there
 from gram_engine.errors import ConfigError
 
 
@@ -178,7 +178,7 @@ def _check_data(config: Config):
     )
     yield bool(data.valid_data) and bool(data.valid_data_path), "Give either --valid-data or --valid-data-path."
     for file in (*data.data, *data.valid_data):
-        yield not source_is_there(file), f"{file}: no such file. Check the path given to --data or --valid-data."
+        yield not source_is_there(file), absent(file)
     for prefix in filter(None, (data.data_path, data.valid_data_path)):
         yield not Path(f"{prefix}.idx").is_file(), (
             f"{prefix}.idx: no such file. Make it with: gram preprocess --data FILE --output-prefix {prefix}"

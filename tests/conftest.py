@@ -47,6 +47,14 @@ def tiny_data(tmp_path_factory):
     return made
 
 
+@pytest.fixture(scope="session")
+def fault_work(tmp_path_factory):
+    """Preprocessed data, tokenizers and a folder to damage files in."""
+    from tests.faults import Work
+
+    return Work(tmp_path_factory.mktemp("faults"))
+
+
 def write_pairs(path, rows: int, seed: int = 0) -> None:
     """Preference rows of random words."""
     draw = random.Random(seed)

@@ -162,8 +162,8 @@ def test_bad_rows(row, message, tmp_path):
         ("a.json", b"[" + ROW + b"\n" + ROW + b"]", "a.json:2: not valid JSON: Expecting ',' or ']' at column 1"),
         ("a.jsonl", ROW + b'\n{"prompt": \n', "a.jsonl:2: not valid JSON: Expecting value at column 11. Write one JSON object"),
         ("a.jsonl", b"\n", "a.jsonl: no rows"),
-        ("a.jsonl.gz", gzip.compress(ROW + b"\n")[:-9], "a.jsonl.gz: not a whole gzip file"),
-        ("a.parquet", b"PAR1", "a.parquet: not a readable Parquet file"),
+        ("a.jsonl.gz", gzip.compress(ROW + b"\n")[:-9], "a.jsonl.gz:2: not a whole gzip file"),
+        ("a.parquet", b"PAR1", "a.parquet:1: not a readable Parquet file"),
     ],
 )
 def test_unreadable_files(name, content, message, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
@@ -13,7 +13,7 @@ from gram_engine.data.samples import label_ids
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import CheckpointError, ConfigError
-from gram_engine.fileio import write_atomically
+from gram_engine.fileio import read_json, write_atomically
 from gram_engine.model.presets import hf_config
 from gram_engine.training.checkpoint_folder import DATA_MANIFEST, SOURCE, TEMPLATE, TOKENIZER
 
@@ -22,13 +22,43 @@ PAIR_LOGIT, CAUSAL_LM = "pair-logit", "causal-lm"
 ORDER_RULE = "reward of y1 against y2 = mean of p(A | y1, y2) and p(B | y2, y1), softmax over the two labels"
 
 
+@dataclass(frozen=True)
+class GramConfig:
+    """What scoring needs of an exported folder's gram_config.json."""
+
+    template: JudgeTemplate
+    label_ids: tuple[int, int]
+    seq_length: int
+
+
+def read_gram_config(folder: str | Path) -> GramConfig:
+    """The folder's gram_config.json.
+
+    Raises:
+        ConfigError: it is missing, or not as it was written.
+    """
+    path = Path(folder) / GRAM_CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file. --model needs a folder written by `gram convert`.")
+    again = "Convert the checkpoint again."
+    gram = read_json(path, ConfigError, again)
+    labels, seq_length = gram.get("label_ids"), gram.get("seq_length")
+    whole = isinstance(labels, list) and len(labels) == 2 and all(type(number) is int for number in (*labels, seq_length))
+    if not whole or min(labels) < 0 or labels[0] == labels[1] or seq_length < 1:
+        raise ConfigError(f"{path}: not what `gram convert` writes: label_ids or seq_length are missing or wrong. {again}")
+    template = JudgeTemplate.from_dict(gram.get("template"), str(path))
+    if gram.get("template_sha256", template.sha256) != template.sha256:
+        raise ConfigError(f"{path}: the template was changed after it was written. {again}")
+    return GramConfig(template, (labels[0], labels[1]), seq_length)
+
+
 def label_ids_of(path: Path) -> tuple[int, int]:
     """The label tokens that a checkpoint was trained with.
 
     Raises:
         CheckpointError: its tokenizer gives others.
     """
-    manifest = json.loads((path / DATA_MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_json(path / DATA_MANIFEST, CheckpointError, "Restore it from another checkpoint of the run.")
     tokenizer = Tokenizer.load("HuggingFaceTokenizer", path / TOKENIZER)
     labels = label_ids(tokenizer, JudgeTemplate.load(path / TEMPLATE))
     if manifest.get("label_ids") not in (None, list(labels)):
@@ -47,9 +77,10 @@ def write_companions(job: Job, config: Config, head: str, evaluation: Optional[s
         evaluation: JSON file whose figures the model card shows.
     """
     path, folder = job.checkpoint, job.folder
-    shutil.copytree(path / TOKENIZER, folder, dirs_exist_ok=True)
-    tokenizer, template = Tokenizer.load("HuggingFaceTokenizer", folder), JudgeTemplate.load(path / TEMPLATE)
+    tokenizer, template = Tokenizer.load("HuggingFaceTokenizer", path / TOKENIZER), JudgeTemplate.load(path / TEMPLATE)
+    tokenizer.save_pretrained(folder)
     source = _read_json(path / SOURCE / "config.json")
+    source.pop("auto_map", None)  # code of the folder that training began from
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     described = hf_config(config.model, str(job.dtype).removeprefix("torch."), *ids.values())
     described |= {name: source[name] for name in (*ids, "initializer_range") if name in source}
@@ -82,12 +113,12 @@ def read_evaluation(file: str) -> dict[str, Any]:
     Raises:
         ConfigError: it is not one.
     """
-    try:
-        report = _read_json(Path(file), missing=False)
-        figures = {**report.get("figures", {}), **report}
-        return {name: value for name, value in figures.items() if isinstance(value, (int, float))}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"--evaluation {file}: not a JSON report of `gram score` ({error}).") from None
+    remedy = "Give --evaluation the JSON report of `gram score` or `gram evaluate`."
+    report = read_json(file, ConfigError, remedy)
+    figures = report.get("figures", {})
+    if not isinstance(figures, dict):
+        raise ConfigError(f"{file}: not a report: 'figures' is no object. {remedy}")
+    return {name: value for name, value in {**figures, **report}.items() if isinstance(value, (int, float))}
 
 
 def _model_card(path: Path, config: Config, head: str, evaluation: Optional[str]) -> str:
@@ -109,11 +140,9 @@ def _model_card(path: Path, config: Config, head: str, evaluation: Optional[str]
     )
 
 
-def _read_json(path: Path, missing: bool = True) -> dict[str, Any]:
-    """{} for a file that is not there, where it may be `missing`."""
-    if missing and not path.is_file():
-        return {}
-    return json.loads(path.read_text(encoding="utf-8"))
+def _read_json(path: Path) -> dict[str, Any]:
+    """{} for a file that is not there."""
+    return read_json(path, CheckpointError, "Restore it from another checkpoint of the run.") if path.is_file() else {}
 
 
 def _write_json(path: Path, content: dict) -> None:

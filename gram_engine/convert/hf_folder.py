@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from gram_engine.config import ModelConfig
 from gram_engine.convert.mapping import INDEX, OUTPUT, SINGLE, hf_shapes
 from gram_engine.convert.safetensors_file import SafetensorsReader
 from gram_engine.errors import CheckpointError
+from gram_engine.fileio import read_json
 
 
 class HuggingFaceFolder:
@@ -26,7 +26,7 @@ class HuggingFaceFolder:
         elif (self.folder / SINGLE).is_file():
             self.files = dict.fromkeys(self._reader(SINGLE).entries, SINGLE)
         else:
-            raise CheckpointError(f"{folder}: neither {INDEX} nor {SINGLE} is here. The weights must be safetensors.")
+            raise CheckpointError(f"{folder}: neither {INDEX} nor {SINGLE} is here. {_remedy(self.folder)}")
 
     def check(self, model: ModelConfig, other_head: str | None = None) -> torch.dtype:
         """Compare names and shapes with what `model` needs, before any weight is read; returns the dtype of the weights.
@@ -70,19 +70,29 @@ class HuggingFaceFolder:
         return self._reader(self.files[name]).read(name, rows, columns)
 
     def _read_index(self, index: Path) -> dict[str, str]:
-        try:
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{index}: not an index of safetensors files ({error!r}). Download it again.") from None
+        """Tensor -> file. A file must lie in the folder by its name; where a link of that name leads is the user's affair
+        (the hub's cache is made of links)."""
+        files = read_json(index, CheckpointError, "Download it again.").get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+            raise CheckpointError(f"{index}: not an index of safetensors files: no weight_map of names. Download it again.")
         for name in files.values():
-            if Path(name).name != name:
-                raise CheckpointError(f"{index}: {name!r} lies outside the folder. Do not use this folder.")
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise CheckpointError(f"{index}: {name!r:.200} is no safetensors file, or lies outside the folder.")
         return files
 
     def _reader(self, file: str) -> SafetensorsReader:
         if file not in self._readers:
             self._readers[file] = SafetensorsReader(self.folder / file)
         return self._readers[file]
+
+
+def _remedy(folder: Path) -> str:
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        return (
+            "Its weights are pickles, which can run code when they are opened; the engine does not. If you trust the folder, "
+            "convert it: transformers' AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
+        )
+    return "The weights must be safetensors."
 
 
 def _some(names: set[str]) -> str:

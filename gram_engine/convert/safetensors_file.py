@@ -7,15 +7,17 @@ eight bytes of header length, a JSON header (name -> dtype, shape, data_offsets)
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gram_engine.errors import CheckpointError
+from gram_engine.errors import CheckpointError, one_line
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -35,14 +37,15 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 class SafetensorsReader:
     """Reads tensors, or rows and columns of them, of one file.
 
     Raises:
-        CheckpointError: the file is missing, cut off, or not safetensors; or holds a dtype that is no float.
+        CheckpointError: the file is missing, cut off, or not safetensors (tensors that overlap, leave gaps or lie outside of
+            it); or holds a dtype that is no float.
     """
 
     def __init__(self, path: Path):
@@ -65,7 +68,7 @@ class SafetensorsReader:
             shape = (end - first, columns[1] - columns[0])
         return torch.from_numpy(data).view(entry.dtype).view(shape) if data.size else torch.empty(shape, dtype=entry.dtype)
 
-    def _read_header(self):
+    def _read_header(self) -> Iterator[tuple[str, Entry]]:
         try:
             size = self.path.stat().st_size
             with open(self.path, "rb") as handle:
@@ -75,17 +78,40 @@ class SafetensorsReader:
                 header = json.loads(handle.read(length))
         except FileNotFoundError:
             raise CheckpointError(f"{self.path}: no such file. Download the folder again.") from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path}: not a whole safetensors file ({error}). Download it again.") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise self._damaged(str(error)) from None
+        if not isinstance(header, dict):
+            raise self._damaged("its header is no object")
         header.pop("__metadata__", None)
-        for name, described in header.items():
-            if described["dtype"] not in DTYPES:
-                raise CheckpointError(f"{self.path}: {name} is {described['dtype']}; the engine reads {', '.join(DTYPES)}.")
-            start, end = (8 + length + offset for offset in described["data_offsets"])
-            entry = Entry(DTYPES[described["dtype"]], tuple(described["shape"]), start)
-            if end > size or end - start != entry.nbytes:
-                raise CheckpointError(f"{self.path}: not a whole safetensors file ({name} is cut off). Download it again.")
+        found = [(name, *self._entry(name, described, 8 + length)) for name, described in header.items()]
+        position = 8 + length
+        for name, entry, end in sorted(found, key=lambda place: (place[1].start, place[2])):
+            if entry.start != position:  # as the safetensors package: no gap, no overlap, nothing behind the last
+                raise self._damaged(f"{name} does not begin where the tensor before it ends")
+            position = end
+        if position != size:
+            raise self._damaged("it is cut off" if position > size else f"{size - position:,} bytes are behind its last tensor")
+        for name, entry, _ in found:
             yield name, entry
+
+    def _entry(self, name: str, described: Any, first: int) -> tuple[Entry, int]:
+        """A tensor's entry and where it ends in the file; tensors begin at byte `first`."""
+        try:
+            dtype, shape, (start, end) = described["dtype"], described["shape"], described["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            raise self._damaged(f"{name} has no dtype, shape and data_offsets") from None
+        whole = isinstance(shape, list) and len(shape) <= 8
+        if not whole or not all(type(number) is int and 0 <= number < 1 << 62 for number in (*shape, start, end)):
+            raise self._damaged(f"{name} has no shape and offsets of whole numbers")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise CheckpointError(f"{self.path}: {name} is {dtype!r:.20}; the engine reads {', '.join(DTYPES)}.")
+        entry = Entry(DTYPES[dtype], tuple(shape), first + start)
+        if end - start != entry.nbytes:
+            raise self._damaged(f"{name} has {end - start} bytes for the shape {shape}")
+        return entry, first + end
+
+    def _damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: not a whole safetensors file ({one_line(what)}). Download it again.")
 
 
 class SafetensorsWriter:

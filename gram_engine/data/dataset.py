@@ -2,22 +2,25 @@
 
 PREFIX.bin/.idx      tokens (megatron-core IndexedDataset), one sequence per (pair, order)
 PREFIX.samples.npy   structured array of SAMPLE_DTYPE, one row per sequence
-PREFIX.json          manifest: what the tokens were made from and how; written last
+PREFIX.json          manifest: what the tokens were made from and how, sizes and checksums (integrity.py); written last
 """
 
 from __future__ import annotations
 
-import json
 import warnings
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gram_engine.data.integrity import AGAIN, check_files, check_index, check_seal
 from gram_engine.errors import DataError
+from gram_engine.fileio import read_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: with checksums. Data of version 1 is refused: making it again takes less time than training on damaged tokens."""
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -26,8 +29,8 @@ SAMPLE_DTYPE = np.dtype(
         ("preference", "<f4"),  # probability that the response shown as A is better; nan: unlabelled
         ("weight", "<f4"),
         ("margin", "<f4"),
-        # Stage 1, in token positions (-1 where unknown): the target runs from target_start to the end of the sequence,
-        # `middle` is the first token of B's opening marker.
+        # Stage 1, in token positions (-1 where unknown), ascending: the target runs from target_start to the end of the
+        # sequence, `middle` is the first token of B's opening marker.
         ("target_start", "<i4"),
         ("a_start", "<i4"),
         ("a_end", "<i4"),
@@ -36,6 +39,10 @@ SAMPLE_DTYPE = np.dtype(
         ("b_end", "<i4"),
     ]
 )
+POSITIONS = ("target_start", "a_start", "a_end", "middle", "b_start", "b_end")
+
+# What readers of a manifest rely on.
+_MANIFEST_FIELDS = {"objective": str, "seq_length": int, "counts": dict, "tokenizer": dict, "template": dict, "files": dict}
 
 
 def indexed_dataset_module():
@@ -49,20 +56,26 @@ def indexed_dataset_module():
 class PairDataset:
     """Sequences of tokens with their labels, memory-mapped.
 
+    Args:
+        whole: also compare the checksum of the tokens, which reads all of .bin; sizes, index and rows are always checked.
+
     Raises:
-        DataError: files are missing, of another format version, or do not fit together.
+        DataError: a file is missing, damaged, of another format version or of other data.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, whole: bool = False) -> None:
         self.prefix = str(prefix)
-        for ending in (".json", ".samples.npy", ".idx", ".bin"):
-            if not Path(self.prefix + ending).is_file():
-                raise DataError(f"{self.prefix}{ending}: no such file. Preprocess the data again: tools/preprocess_data.py.")
         self.manifest: dict[str, Any] = read_manifest(self.prefix)
-        self.samples: np.ndarray = np.load(self.prefix + ".samples.npy")
-        indexed = indexed_dataset_module()
-        self._sequences = indexed.IndexedDataset(self.prefix, mmap=True)
-        self._check()
+        try:
+            check_files(self.prefix, self.manifest["files"], whole)
+            check_index(self.prefix, self.manifest["counts"]["samples"])
+            self.samples: np.ndarray = np.load(self.prefix + ".samples.npy")
+            self._sequences = indexed_dataset_module().IndexedDataset(self.prefix, mmap=True)
+        except DataError:
+            raise
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise DataError(f"{self.prefix}: cannot be opened ({error!r}). {AGAIN}") from None
+        self._check_rows()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -81,32 +94,37 @@ class PairDataset:
         """The objective the tokens were laid out for."""
         return self.manifest["objective"]
 
-    def _check(self) -> None:
-        size = Path(self.prefix + ".bin").stat().st_size
-        expected = int(self.lengths.sum()) * np.dtype(self._sequences.index.dtype).itemsize
-        counts = {len(self.samples), len(self.lengths), self.manifest["counts"]["samples"]}
-        if self.samples.dtype != SAMPLE_DTYPE or len(counts) != 1 or size != expected:
-            raise DataError(
-                f"{self.prefix}: .bin, .idx, .samples.npy and .json do not belong together (sequences: {len(self.lengths)}, "
-                f"rows: {len(self.samples)}, manifest: {self.manifest['counts']['samples']}; .bin has {size} of {expected} "
-                "bytes). Preprocess the data again."
-            )
+    def _check_rows(self) -> None:
+        path, rows = f"{self.prefix}.samples.npy", self.samples
+        if rows.dtype != SAMPLE_DTYPE or rows.shape != self.lengths.shape:
+            raise DataError(f"{path}: holds {rows.shape} rows of another kind, not {len(self.lengths)} of samples. {AGAIN}")
+        wrong = ~np.isin(rows["order"], (0, 1)) | (rows["preference"] < 0) | (rows["preference"] > 1) | ~(rows["weight"] >= 0)
+        for name in POSITIONS:
+            wrong |= (rows[name] < -1) | (rows[name] > self.lengths)
+        if self.objective == "response-lm":
+            wrong |= rows["target_start"] < 1
+            for earlier, later in pairwise(POSITIONS):
+                wrong |= (rows["middle"] >= 0) & (rows[earlier] > rows[later])
+        if wrong.any():
+            raise DataError(f"{path}: row {int(np.argmax(wrong))} has values that its sequence cannot have. {AGAIN}")
 
 
 def read_manifest(prefix: str | Path) -> dict[str, Any]:
     """The manifest of preprocessed data.
 
     Raises:
-        DataError: it is missing, unreadable, or of another format version.
+        DataError: it is missing, damaged, or of another format version.
     """
     path = Path(f"{prefix}.json")
     if not path.is_file():
         raise DataError(f"{path}: no such file. Make it with: gram preprocess --data FILE --output-prefix {prefix}")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path}: not a manifest of preprocessed data. Preprocess the data again.") from None
+    manifest = read_json(path, DataError, AGAIN)
+    version = manifest.get("format_version")
+    if version is None:
+        raise DataError(f"{path}: not a manifest of preprocessed data. {AGAIN}")
     if version != FORMAT_VERSION:
-        raise DataError(f"{path}: format version {version}, this engine reads {FORMAT_VERSION}. Preprocess the data again.")
+        raise DataError(f"{path}: format version {version}, this engine reads {FORMAT_VERSION}. {AGAIN}")
+    check_seal(path, manifest)
+    if not all(isinstance(manifest.get(name), kind) for name, kind in _MANIFEST_FIELDS.items()):
+        raise DataError(f"{path}: not a manifest of preprocessed data: a field is missing. {AGAIN}")
     return manifest

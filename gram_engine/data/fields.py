@@ -42,6 +42,12 @@ _SUPPORTED = (
 )
 
 
+MOST_RANKED = 256
+"""Responses in a ranked list: it becomes K(K-1)/2 pairs."""
+_LEAST_WEIGHT, _MOST = 1e-30, 1e30
+"""Bounds of weights and margins, which are stored in single precision and summed."""
+
+
 class BadRow(Exception):
     """Why a row cannot be used, and the remedy; the reader adds file and line."""
 
@@ -74,7 +80,7 @@ def row_to_list(row: Any, data: DataConfig, place: str) -> list[ResponseList]:
         raise BadRow("field 'prompt' is missing. Add it, or name it with --prompt-key.")
     reference = row.get("reference")
     if reference is not None and not (type(reference) is int and 0 <= reference < len(entries)):
-        raise BadRow(f"reference is {reference!r}. It must be the number of one of the {len(entries)} responses, from 0.")
+        raise BadRow(f"reference is {_shown(reference)}. It must be the number of one of the {len(entries)} responses, from 0.")
     try:
         context = _context(row, name)
         texts = [_response(_completion_text(entry), f"responses[{number}]", context) for number, entry in enumerate(entries)]
@@ -94,8 +100,8 @@ def _completion_text(entry: Any) -> Any:
 
 def _convert(row: dict, data: DataConfig, place: str) -> list[Pair | Verbatim]:
     weight = _number(row, "weight", 1.0)
-    if not (weight >= 0 and math.isfinite(weight)):
-        raise BadRow(f"weight is {weight}. It must be a finite number of at least 0.")
+    if not (weight == 0 or _LEAST_WEIGHT <= weight <= _MOST):
+        raise BadRow(f"weight is {weight}. It must be a finite number: 0, or from {_LEAST_WEIGHT} to {_MOST}.")
     chosen = _name_in(row, data.chosen_key, CHOSEN_NAMES, "--chosen-key")
     rejected = _name_in(row, data.rejected_key, REJECTED_NAMES, "--rejected-key")
     if chosen or rejected:
@@ -172,9 +178,9 @@ def _ranked(row, data, weight: float, place: str) -> list[Pair]:
             raise BadRow("each entry of 'completions' must be an object with completion and rank. Lower is better.")
         ranks = [entry["rank"] for entry in entries]
         entries = [_completion_text(entry) for entry in entries]
-    if len(entries) < 2:
-        raise BadRow(f"field '{what}' holds {len(entries)} response. A comparison needs at least two.")
-    if any(isinstance(rank, bool) or not isinstance(rank, (int, float)) for rank in ranks):
+    if not 2 <= len(entries) <= MOST_RANKED:
+        raise BadRow(f"field '{what}' holds {len(entries)} responses. A comparison needs at least two, at most {MOST_RANKED}.")
+    if any(isinstance(rank, bool) or not isinstance(rank, (int, float)) or rank != rank for rank in ranks):
         raise BadRow("a rank is not a number. Lower is better, equal ranks are ties.")
     texts = [_response(entry, f"{what}[{number}]", context) for number, entry in enumerate(entries)]
     prompt = dialogue_text(context)
@@ -198,14 +204,13 @@ def _refuse_empty(**texts: str) -> None:
     for name, text in texts.items():
         if not text.strip():
             raise BadRow(f"'{name}' is empty. Fill it in, or remove the row.")
-        if not text.isascii():
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise BadRow(
-                    f"'{name}' holds half of a surrogate pair at character {error.start} (a cut-off emoji). "
-                    "Mend it, or remove the row."
-                ) from None
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadRow(
+                f"'{name}' holds half of a surrogate pair at character {error.start} (a cut-off emoji). "
+                "Mend it, or remove the row."
+            ) from None
 
 
 def _name_in(row: dict, wanted: Optional[str], names: Sequence[str], flag: str) -> Optional[str]:
@@ -315,8 +320,8 @@ def _preference(value: Any, name: str) -> tuple[float, float]:
         if known is None:
             raise BadRow(f"{name} is '{value}'. Write A, B or tie.")
         return known, math.nan
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise BadRow(f"{name} is {value!r}. Write A, B or tie.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _MOST:
+        raise BadRow(f"{name} is {_shown(value)}. Write A, B or tie.")
     if name == "overall_preference":  # HelpSteer: -3 (first much better) ... 3 (second much better)
         return (0.5 if value == 0 else float(value < 0)), abs(float(value))
     if name == "choice" and value in (0, 1):  # index of the better response
@@ -332,7 +337,9 @@ def _preference(value: Any, name: str) -> tuple[float, float]:
 def _margin(row: dict) -> float:
     margin = _number(row, "margin", math.nan)
     if math.isnan(margin) and row.get("score_chosen") is not None and row.get("score_rejected") is not None:
-        return _number(row, "score_chosen", math.nan) - _number(row, "score_rejected", math.nan)
+        margin = _number(row, "score_chosen", math.nan) - _number(row, "score_rejected", math.nan)
+    if abs(margin) > _MOST:
+        raise BadRow(f"margin is {margin}. It must be a finite number, or be left out.")
     return margin
 
 
@@ -341,8 +348,16 @@ def _number(row: dict, name: str, default: float) -> float:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BadRow(f"field '{name}' is {value!r}, not a number. Write a number, or leave it out.")
-    return float(value)
+        raise BadRow(f"field '{name}' is {_shown(value)}, not a number. Write a number, or leave it out.")
+    try:
+        return float(value)
+    except OverflowError:
+        raise BadRow(f"field '{name}' is too large a number. Write a smaller one, or leave it out.") from None
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; of nested ones the type alone."""
+    return f"a {type(value).__name__}" if isinstance(value, (list, dict)) else repr(value)
 
 
 def _text(value: Any, name: str) -> str:

@@ -37,11 +37,11 @@ from gram_engine.data.samples import (
     preference_of,
 )
 from gram_engine.data.schema import Pair, Verbatim
-from gram_engine.data.sources import source_fingerprint, source_is_there
-from gram_engine.data.template import JudgeTemplate
+from gram_engine.data.sources import absent, source_fingerprint, source_is_there
+from gram_engine.data.template import DEFAULT_TEMPLATE, JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.data.writer import Chunk, DatasetWriter, RejectsFile
-from gram_engine.errors import ConfigError, DataError, GramError
+from gram_engine.errors import ConfigError, DataError, GramError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def preprocess(
         DataError: a bad row ("file:line: what; remedy"), or nothing left to train on.
     """
     tokenizer = Tokenizer.load(cfg.tokenizer_type, _tokenizer_path(cfg))
-    template = JudgeTemplate.load(cfg.template)
+    template = JudgeTemplate.load(cfg.template or DEFAULT_TEMPLATE)
     labels = label_ids(tokenizer, template) if objective == "pair-preference" else None
     check_seq_length(tokenizer, template, objective, cfg.seq_length)
     rejects = RejectsFile(prefix, enabled=cfg.skip_bad_rows)
@@ -123,7 +123,7 @@ def ensure_preprocessed(files: Sequence[str | Path], config: Config, objective: 
     cfg, seed = config.data, config.training.seed
     for path in files:
         if not source_is_there(path):
-            raise DataError(f"{path}: no such file. Check the path, and the working directory if it is relative.")
+            raise DataError(absent(path))
     tokenizer = Tokenizer.load(cfg.tokenizer_type, _tokenizer_path(cfg))
     settings = ("overlong", "ties", "skip_bad_rows", "seq_length", "prompt_key", "chosen_key", "rejected_key")
     identity = {
@@ -133,14 +133,16 @@ def ensure_preprocessed(files: Sequence[str | Path], config: Config, objective: 
         "both_orders": both_orders,
         "seed": seed,
         "tokenizer": tokenizer.fingerprint,
-        "template": JudgeTemplate.load(cfg.template).sha256,
+        "template": JudgeTemplate.load(cfg.template or DEFAULT_TEMPLATE).sha256,
         **{name: getattr(cfg, name) for name in settings},
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     prefix = str(Path(cfg.data_cache_path) / f"{Path(str(files[0]).replace(':', '-')).name.split('.')[0]}-{objective}-{key}")
     try:
-        PairDataset(prefix)
-    except DataError:
+        PairDataset(prefix, whole=True)
+    except DataError as error:
+        if Path(f"{prefix}.json").is_file():
+            logger.warning("%s Doing that now.", error)
         workers = cfg.preprocess_workers
         manifest = preprocess(files, prefix, objective=objective, cfg=cfg, both_orders=both_orders, workers=workers, seed=seed)
         logger.info("%s: %s", prefix, summary(manifest))
@@ -172,9 +174,9 @@ def checked_rows(
         if problem is None:
             yield row
         elif on_reject is None:
-            raise DataError(f"{row.place}: {problem}")
+            raise DataError(f"{row.place}: {one_line(problem)}")
         else:
-            on_reject(DataError(f"{row.place}: {problem}"), dataclasses.asdict(row))
+            on_reject(DataError(f"{row.place}: {one_line(problem)}"), dataclasses.asdict(row))
 
 
 def _unfit(row: Row, objective: Objective, template: JudgeTemplate) -> Optional[str]:
@@ -252,7 +254,13 @@ class _Task:
     def _sample(self, row: Row, exchanged: bool) -> Sample:
         layout = layout_of(row, self.template, self.objective, exchanged)
         build = judge_sample if self.objective == "pair-preference" else generate_sample
-        return build(self.tokenizer, layout, self.seq_length, self.overlong)
+        try:
+            return build(self.tokenizer, layout, self.seq_length, self.overlong)
+        except ConfigError:  # check_seq_length found room beside the template: it is the row that leaves none
+            raise OverlongSample(
+                f"the text around its prompt and responses leaves no room in --seq-length {self.seq_length}. "
+                "Raise it, or use --overlong drop."
+            ) from None
 
 
 _worker_task: Optional[_Task] = None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional, Sequence, TypeVar
@@ -15,10 +17,12 @@ from typing import Any, Callable, Iterator, Optional, Sequence, TypeVar
 from gram_engine.config import DataConfig
 from gram_engine.data.fields import BadRow, row_to_samples
 from gram_engine.data.schema import Pair, Verbatim
-from gram_engine.data.sources import hub_rows, is_hub_name, source_is_there
-from gram_engine.errors import DataError
+from gram_engine.data.sources import absent, hub_rows, is_hub_name, source_is_there
+from gram_engine.errors import DataError, one_line
 
 T = TypeVar("T")
+LONGEST_LINE = 64 << 20
+"""Bytes; what is longer is no row but a file without line breaks, or a trap for the memory."""
 OnReject = Callable[[DataError, Any], None]
 """Called with the error and the raw row (or line) of each bad row, instead of stopping."""
 
@@ -38,7 +42,7 @@ def read_items(
     """
     for path in paths:
         if not source_is_there(path):
-            raise DataError(f"{path}: no such file. Check the path, and the working directory if it is relative.")
+            raise DataError(absent(path))
     for path in paths:
         empty = True
         for line, row in hub_rows(path) if is_hub_name(path) else _raw_rows(Path(path)):
@@ -49,7 +53,7 @@ def read_items(
                     raise row
                 items = convert(row, place=place)
             except BadRow as problem:
-                error = DataError(f"{place}: {problem}")
+                error = DataError(f"{place}: {one_line(problem)}")
                 if on_reject is None:
                     raise error from None
                 on_reject(error, None if isinstance(row, BadRow) else row)
@@ -65,14 +69,17 @@ def _raw_rows(path: Path) -> Iterator[tuple[int, Any]]:
     if name.endswith((".parquet", ".pq")):
         yield from _parquet_rows(path)
         return
+    line = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as handle:
-            if name.endswith(".json") and _first_byte(handle) == b"[":
-                yield from _array_rows(path, handle.read())
-            else:
-                yield from _line_rows(handle)
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise DataError(f"{path}: not a whole gzip file ({error}). Copy or download it again.") from None
+            is_array = name.endswith(".json") and _first_byte(handle) == b"["
+            for line, row in _array_rows(path, handle.read()) if is_array else _line_rows(handle):
+                yield line, row
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}:{line + 1}: not a whole gzip file ({error}). Copy or download it again.") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{path}:{line + 1}: cannot be read ({reason}). Check its permissions and the disk.") from None
 
 
 def _first_byte(handle) -> bytes:
@@ -83,46 +90,87 @@ def _first_byte(handle) -> bytes:
 
 
 def _line_rows(handle) -> Iterator[tuple[int, Any]]:
-    for number, raw in enumerate(handle, start=1):
+    number = 0
+    while raw := handle.readline(LONGEST_LINE + 1):
+        number += 1
         if number == 1:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
-        if not raw.strip():
-            continue
-        try:
-            yield number, json.loads(raw.decode("utf-8").rstrip())
-        except UnicodeDecodeError as error:
-            yield number, BadRow(f"not UTF-8 (byte {raw[error.start]:#04x} at column {error.start + 1}). Save it as UTF-8.")
-        except json.JSONDecodeError as error:
-            hint = " A JSON array must be in a file named .json." if number == 1 and raw.lstrip()[:1] == b"[" else ""
-            yield number, BadRow(f"not valid JSON: {error.msg} at column {error.colno}. Write one JSON object a line.{hint}")
+        if len(raw) > LONGEST_LINE:
+            while not raw.endswith(b"\n") and (raw := handle.readline(LONGEST_LINE)):
+                pass
+            yield number, BadRow(f"longer than {LONGEST_LINE >> 20} MiB. Write one JSON object a line.")
+        elif raw.strip():
+            yield number, _row_of_line(raw, number)
+
+
+def _row_of_line(raw: bytes, number: int) -> Any:
+    try:
+        return _DECODER.decode(raw.decode("utf-8").rstrip())
+    except UnicodeDecodeError as error:
+        return BadRow(f"not UTF-8 (byte {raw[error.start]:#04x} at column {error.start + 1}). Save it as UTF-8.")
+    except json.JSONDecodeError as error:
+        hint = " A JSON array must be in a file named .json." if number == 1 and raw.lstrip()[:1] == b"[" else ""
+        return BadRow(f"not valid JSON: {error.msg} at column {error.colno}. Write one JSON object a line.{hint}")
+    except BadRow as problem:
+        return problem
+    except (ValueError, RecursionError) as error:
+        return BadRow(_beyond_json(error))
+
+
+def _beyond_json(error: Exception) -> str:
+    what = "nested too deeply" if isinstance(error, RecursionError) else "it holds a number of thousands of digits"
+    return f"not JSON that can be read: {what}. Mend or remove the row."
+
+
+def _unique_names(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; refuses a name that is there twice, of which readers take one or the other."""
+    row = dict(fields)
+    if len(row) < len(fields):
+        (name, _), *_ = Counter(name for name, _ in fields).most_common(1)
+        raise BadRow(f"field '{name}' is given more than once. Keep the one that counts.")
+    return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_names)
 
 
 def _array_rows(path: Path, raw: bytes) -> Iterator[tuple[int, Any]]:
-    """Rows of a JSON array, each with the line it begins on; the array is parsed piece by piece to know the lines."""
+    """Rows of a JSON array, each with the line it begins on; the array is parsed piece by piece to know the lines.
+
+    A row that is not JSON cannot be skipped, as nothing says where it ends.
+    """
     try:
         text = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{line}: not UTF-8 (byte {raw[error.start]:#04x}). Save it as UTF-8.") from None
-    decoder, line, counted = json.JSONDecoder(), 1, 0
+    line, counted = 1, 0
     position = _skip_space(text, text.index("[") + 1)
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
         try:
-            row, end = decoder.raw_decode(text, position)
+            row, end = _DECODER.raw_decode(text, position)
+        except BadRow as problem:
+            row, end = problem, json.JSONDecoder().raw_decode(text, position)[1]
         except json.JSONDecodeError as error:
-            raise DataError(_broken_array(path, error.msg, error.lineno, error.colno)) from None
+            raise _broken_array(path, text, error.msg, error.pos) from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{line}: {_beyond_json(error)}") from None
         yield line, row
         position = _skip_space(text, end)
         if text[position : position + 1] == ",":
             position = _skip_space(text, position + 1)
         elif text[position : position + 1] != "]":
-            error = json.JSONDecodeError("Expecting ',' or ']'", text, position)
-            raise DataError(_broken_array(path, error.msg, error.lineno, error.colno))
+            raise _broken_array(path, text, "Expecting ',' or ']'", position)
+    position = _skip_space(text, position + 1)
+    if position < len(text):
+        raise _broken_array(path, text, "Expecting nothing after the array", position)
 
 
-def _broken_array(path: Path, message: str, line: int, column: int) -> str:
-    return f"{path}:{line}: not valid JSON: {message} at column {column}. Mend the array, or write one JSON object a line."
+def _broken_array(path: Path, text: str, message: str, position: int) -> DataError:
+    error = json.JSONDecodeError(message, text, position)
+    where = f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}."
+    return DataError(f"{where} Mend the array, or write one JSON object a line.")
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -137,12 +185,13 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
         import pyarrow.parquet
     except ImportError:
         raise DataError(f"{path}: reading Parquet needs pyarrow. Install it: pip install pyarrow") from None
+    number = 0
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        number = 0
+        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
         for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}).") from None
+    # A damaged file makes pyarrow raise nearly anything, MemoryError for a length that is wrong among it.
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
+        raise DataError(f"{path}:{number + 1}: not a readable Parquet file ({error}). Download it again.") from None

@@ -61,6 +61,15 @@ _ROLES = {
 }
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON and YAML can spell half of a surrogate pair, which is no character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def message_of(entry: Any) -> tuple[str, str]:
     """(speaker, text) of one chat message, `{role, content}` or `{from, value}`; text parts are joined.
 

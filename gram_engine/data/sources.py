@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -19,12 +20,31 @@ def is_hub_name(source: str | Path) -> bool:
 
 def source_is_there(source: str | Path) -> bool:
     """Whether a source can be opened; of the hub's data sets this shows only when they are read."""
-    return is_hub_name(source) or Path(source).is_file()
+    try:
+        return is_hub_name(source) or Path(source).is_file()
+    except OSError:  # a name too long
+        return False
+
+
+def absent(source: str | Path) -> str:
+    """What to tell of a source that is not there."""
+    if os.path.isdir(source):
+        return f"{source}: a folder. Give the files in it, such as {source}/*.jsonl."
+    return f"{source}: no such file. Check the path, and the working directory if it is relative."
 
 
 def source_fingerprint(source: str | Path) -> str:
-    """SHA-256 of a file's content, or of a hub data set's name (its content may change at the hub)."""
-    return hashlib.sha256(str(source).encode()).hexdigest() if is_hub_name(source) else sha256_of_file(source)
+    """SHA-256 of a file's content, or of a hub data set's name (its content may change at the hub).
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if is_hub_name(source):
+        return hashlib.sha256(str(source).encode()).hexdigest()
+    try:
+        return sha256_of_file(source)
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({error.strerror}). Check its permissions and the disk.") from None
 
 
 def hub_rows(source: str | Path) -> Iterator[tuple[int, Any]]:

@@ -16,10 +16,14 @@ from typing import Any, Optional
 
 import yaml
 
+from gram_engine.data.schema import is_unicode
 from gram_engine.errors import ConfigError
+from gram_engine.fileio import read_yaml
 
 Span = tuple[int, int]
 """Half-open range of characters, or of tokens."""
+
+DEFAULT_TEMPLATE = "gram-code"
 
 _SLOT = re.compile(r"\{(prompt|response_a|response_b)\}")
 _FIELDS = {"judge": ("prompt", "response_a", "response_b"), "generate": ("prompt",), "responses": ("response_a", "response_b")}
@@ -80,27 +84,30 @@ class JudgeTemplate:
         Raises:
             ConfigError: no such template, or the file lacks a slot or a key.
         """
-        shipped = resources.files("gram_engine.data") / "templates" / f"{name_or_path}.yaml"
-        source = shipped if shipped.is_file() else Path(name_or_path)
+        source = Path(name_or_path)
+        if str(name_or_path) in shipped_templates():
+            source = resources.files("gram_engine.data") / "templates" / f"{name_or_path}.yaml"
         if not source.is_file():
             raise ConfigError(
                 f"--template {name_or_path}: neither a template of the engine ({', '.join(shipped_templates())}) nor a file."
             )
-        try:
-            content = yaml.safe_load(source.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{source}: not valid YAML: {error}") from None
-        return cls.from_dict(content, str(source))
+        return cls.from_dict(read_yaml(source), str(source))
 
     @classmethod
     def from_dict(cls, content: Any, place: str) -> JudgeTemplate:
         """The template that `to_dict` describes; `place` names its source in messages."""
         if not isinstance(content, dict):
             raise ConfigError(f"{place}: a template is a mapping with the keys {', '.join(_KEYS)}.")
-        missing, unknown = _KEYS - content.keys(), content.keys() - _KEYS
+        missing, unknown = sorted(_KEYS - content.keys()), sorted(map(str, content.keys() - _KEYS))
         if missing or unknown:
-            found = f"missing: {', '.join(sorted(missing))}" if missing else f"unknown: {', '.join(sorted(unknown))}"
+            found = f"missing: {', '.join(missing)}" if missing else f"unknown: {', '.join(unknown)}"
             raise ConfigError(f"{place}: a template has the keys {', '.join(sorted(_KEYS))}; {found}.")
+        for key, value in content.items():
+            if isinstance(value, bool) or not isinstance(value, _KINDS[key]):
+                wanted = "a whole number" if key == "version" else "text, in quotes where YAML would read it as something else"
+                raise ConfigError(f"{place}: '{key}' is of type {type(value).__name__}. Write {wanted}.")
+            if not is_unicode(str(value)):
+                raise ConfigError(f"{place}: '{key}' holds half of a surrogate pair. Write the whole character.")
         for key, slots in _FIELDS.items():
             if _SLOT.findall(content[key]) != list(slots):
                 wanted = ", ".join(f"{{{slot}}}" for slot in slots)
@@ -161,7 +168,8 @@ class JudgeTemplate:
         return _find(self.responses_format, text)
 
 
-_KEYS = {"name", "version", "judge", "generate", "responses", "label_a", "label_b"}
+_KINDS = {"name": str, "version": int, **dict.fromkeys(_FIELDS, str), **dict.fromkeys(("label_a", "label_b"), (str, int))}
+_KEYS = set(_KINDS)
 
 
 def shipped_templates() -> list[str]:

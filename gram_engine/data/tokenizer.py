@@ -14,7 +14,7 @@ from typing import Any, Optional
 import tokenizers
 
 from gram_engine.data.sentencepiece import fast_tokenizer_of
-from gram_engine.errors import ConfigError
+from gram_engine.errors import ConfigError, GramError, one_line
 
 PINNED_DATE = "26 Jul 2024"
 """Date in chat templates that ask for one (LLaMA 3.1 and 3.2 print today's): Meta's own default."""
@@ -61,12 +61,21 @@ class Tokenizer:
         if tokenizer_type == "SentencePieceTokenizer":
             if path.is_dir():
                 raise ConfigError(f"--tokenizer-model {path}: SentencePieceTokenizer needs the .model file itself.")
-            hf = fast_tokenizer_of(path)
+            load = fast_tokenizer_of
         elif tokenizer_type == "HuggingFaceTokenizer":
-            hf = _load_hugging_face(path)
+            load = _load_hugging_face
         else:
             raise ConfigError(f"--tokenizer-type {tokenizer_type}: use SentencePieceTokenizer or HuggingFaceTokenizer.")
-        return cls._from_hugging_face(hf, tokenizer_type, str(path))
+        try:
+            return cls._from_hugging_face(load(path), tokenizer_type, str(path))
+        except GramError:
+            raise
+        except BaseException as error:
+            # Of damaged files transformers, tokenizers and jinja raise anything; a panic in Rust is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reason = one_line(str(error).strip().partition("\n")[0] or type(error).__name__)
+            raise ConfigError(f"--tokenizer-model {path}: not a tokenizer that can be used ({reason}). Restore it.") from None
 
     @classmethod
     def _from_hugging_face(cls, hf, tokenizer_type: str, path: str) -> Tokenizer:
@@ -155,15 +164,11 @@ def _load_hugging_face(path: Path):
 
     if not path.is_dir():
         raise ConfigError(f"--tokenizer-model {path}: HuggingFaceTokenizer needs a folder with tokenizer.json.")
-    try:
-        hf = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"--tokenizer-model {path}: not a Hugging Face tokenizer folder ({reason}).") from None
+    hf = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     if not hf.is_fast:
         raise ConfigError(f"--tokenizer-model {path}: the tokenizer has no fast version (tokenizer.json).")
-    for how_it_was_loaded in ("is_local", "local_files_only"):
-        hf.init_kwargs.pop(how_it_was_loaded, None)
+    for not_the_tokenizers_own in ("is_local", "local_files_only", "trust_remote_code", "auto_map"):
+        hf.init_kwargs.pop(not_the_tokenizers_own, None)
     return hf
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from gram_engine.data.dataset import indexed_dataset_module
+from gram_engine.data.integrity import ENDINGS, describe_files, sealed
 from gram_engine.errors import DataError
-from gram_engine.fileio import write_atomically
+from gram_engine.fileio import fsync, write_atomically
 
 
 @dataclass
@@ -59,15 +60,17 @@ class DatasetWriter:
         self._builder.finalize(f"{self._temporary}.idx")
         with open(f"{self._temporary}.samples.npy", "wb") as handle:
             np.save(handle, np.concatenate(self._samples))
+        described = sealed({**manifest, "files": describe_files(self._temporary)})
         Path(f"{self.prefix}.json").unlink(missing_ok=True)
-        for ending in (".bin", ".idx", ".samples.npy"):
+        for ending in ENDINGS:
+            fsync(f"{self._temporary}{ending}")
             os.replace(f"{self._temporary}{ending}", f"{self.prefix}{ending}")
         with write_atomically(f"{self.prefix}.json") as handle:
-            json.dump(manifest, handle, indent=1, ensure_ascii=False)
+            json.dump(described, handle, indent=1)
 
     def __exit__(self, *_: Any) -> None:
         self._builder.data_file.close()
-        for ending in (".bin", ".idx", ".samples.npy"):
+        for ending in ENDINGS:
             Path(f"{self._temporary}{ending}").unlink(missing_ok=True)
 
 
@@ -82,7 +85,12 @@ class RejectsFile:
 
     def __call__(self, error: DataError, row: Any) -> None:
         self.count += 1
-        self._lines.append(json.dumps({"error": str(error), "row": row}, ensure_ascii=False, default=str))
+        try:
+            line = json.dumps({"error": str(error), "row": row}, ensure_ascii=False, default=str)
+        except (RecursionError, TypeError, ValueError):  # nested too deeply, or of keys that JSON does not have
+            line = json.dumps({"error": str(error), "row": None}, ensure_ascii=False)
+        # Half of a surrogate pair cannot be written as UTF-8; as an escape it is JSON again.
+        self._lines.append(line.encode("utf-8", "backslashreplace").decode("utf-8"))
 
     def ignore(self, error: DataError, row: Any) -> None:
         """For the second reading of the same rows."""

@@ -16,9 +16,9 @@ from typing import Any, Callable, Iterator, Sequence
 import numpy as np
 
 from gram_engine.config import DataConfig
-from gram_engine.data.fields import BadRow, row_to_samples
+from gram_engine.data.fields import MOST_RANKED, BadRow, row_to_samples
 from gram_engine.data.readers import read_items
-from gram_engine.data.schema import Pair
+from gram_engine.data.schema import Pair, is_unicode
 from gram_engine.errors import ConfigError
 
 
@@ -89,8 +89,8 @@ def _pairs(row: Any, place: str) -> list[Game]:
     for pair in row_to_samples(row, DataConfig(), place):
         if not isinstance(pair, Pair) or np.isnan(pair.preference):
             raise BadRow("no preference. Evaluation needs prompt, two responses and which of them is better.")
-        subset = row.get("subset") or _file_name(place)
-        games.append(Game(pair.prompt, pair.response_a, pair.response_b, pair.preference, str(subset), place, place))
+        subset = _name(row, "subset", _file_name(place))
+        games.append(Game(pair.prompt, pair.response_a, pair.response_b, pair.preference, subset, place, place))
     return games
 
 
@@ -160,12 +160,14 @@ def _reward_bench_figures(games: Sequence[Game], rewards: np.ndarray, _: np.ndar
 
 
 def _reward_bench_2(row: Any, place: str) -> list[Game]:
-    prompt, subset = _field(row, "prompt", str), _field(row, "subset", str)
+    (prompt,), subset = _texts(row, "prompt"), _field(row, "subset", str)
     correct, wrong = _field(row, "chosen", list), _field(row, "rejected", list)
     texts = [_text(text, name) for name, part in (("chosen", correct), ("rejected", wrong)) for text in part]
     if not correct or not wrong:
         raise BadRow("'chosen' and 'rejected' must each hold a response.")
-    item = str(row.get("id", place))
+    if len(texts) > MOST_RANKED:
+        raise BadRow(f"{len(texts)} responses. At most {MOST_RANKED} are compared.")
+    item = _name(row, "id", place)
     if subset.lower() == "ties" and not re.fullmatch(r"(ref|tied):\S+", item):
         raise BadRow(f"id {item!r} of a row of Ties is neither 'ref:NUMBER' nor 'tied:NUMBER'.")
     return [
@@ -237,7 +239,7 @@ def _hhh(row: Any, place: str) -> list[Game]:
     if not (isinstance(choices, list) and isinstance(labels, list) and len(choices) == 2 and labels in ([0, 1], [1, 0])):
         raise BadRow("'targets' must hold two choices, one of them labelled 1.")
     folder = Path(place.rpartition(":")[0]).parent.name
-    subset = str(row.get("subset") or (folder if folder in HHH else _file_name(place)))
+    subset = _name(row, "subset", folder if folder in HHH else _file_name(place))
     good, bad = (choices[labels.index(label)] for label in (1, 0))
     return [Game(_text(row.get("input"), "input"), _text(good, "choices"), _text(bad, "choices"), 1.0, subset, place, place)]
 
@@ -277,8 +279,8 @@ def _rm_bench(row: Any, place: str) -> list[Game]:
     chosen, rejected = _field(row, "chosen", list), _field(row, "rejected", list)
     if len(chosen) != 3 or len(rejected) != 3:
         raise BadRow("'chosen' and 'rejected' must each hold three responses, in the styles concise, detailed, markdown.")
-    prompt, item = _field(row, "prompt", str), str(row.get("id", place))
-    domain = str(row.get("domain") or _file_name(place))  # the files of one domain are named after it
+    (prompt,), item = _texts(row, "prompt"), _name(row, "id", place)
+    domain = _name(row, "domain", _file_name(place))  # the files of one domain are named after it
     subset = next((name for name in RM_BENCH if domain.startswith(name)), None)
     if subset is None:
         raise BadRow(f"domain {domain!r} is none of {', '.join(RM_BENCH)}; a file without that field is named after it.")
@@ -329,12 +331,20 @@ def _field(row: Any, name: str, kind: type) -> Any:
     return value
 
 
+def _name(row: dict, name: str, fallback: str) -> str:
+    """A field that names or numbers something, as text; the fallback where it is absent or empty."""
+    value = row.get(name)
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise BadRow(f"field '{name}' is a {type(value).__name__}, not a name.")
+    return str(value) if value not in (None, "") else fallback
+
+
 def _texts(row: Any, *names: str) -> list[str]:
     return [_text(_field(row, name, str), name) for name in names]
 
 
 def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not value.strip() or not is_unicode(value):
         raise BadRow(f"{name} is empty, or not text.")
     return value
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from gram_engine.config import ModelConfig
 from gram_engine.errors import ConfigError
+from gram_engine.fileio import read_json
 
 
 def _shape(layers, hidden, ffn, heads, groups, *, base=500000.0, tied=False, **more) -> dict:
@@ -63,36 +63,64 @@ def shape_from_hf(folder: str | Path) -> dict:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ConfigError(f"{path}: no such file. --load-hf needs a Hugging Face folder with config.json and safetensors.")
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON ({error}). Download it again.") from None
+    hf = read_json(path, ConfigError, "Download it again.")
     kind = hf.get("model_type")
     if kind not in ("llama", "qwen3"):
-        raise ConfigError(f"{path}: model_type is {kind!r}; the engine reads 'llama' and 'qwen3'.")
+        raise ConfigError(f"{path}: model_type is {_shown(kind)}; the engine reads 'llama' and 'qwen3'.")
     if missing := [key for key in _REQUIRED if hf.get(key) is None]:
         raise ConfigError(f"{path}: {', '.join(missing)} missing. Use the config.json that belongs to the weights.")
     for key, wanted in _ONLY.items():
         if hf.get(key, wanted) != wanted:
-            raise ConfigError(f"{path}: {key} is {hf[key]!r}; the engine has only {wanted!r}.")
+            raise ConfigError(f"{path}: {key} is {_shown(hf[key])}; the engine has only {wanted!r}.")
     base, factor = _rope(hf, path)
-    heads = hf["num_attention_heads"]
+    heads, hidden = _size(hf, "num_attention_heads", path), _size(hf, "hidden_size", path)
+    groups = _size(hf, "num_key_value_heads", path, heads)
+    dim = _size(hf, "head_dim", path, hidden // heads)
+    layers = _size(hf, "num_hidden_layers", path)
+    if heads % groups or dim % 2 or layers > MOST_LAYERS:
+        raise ConfigError(f"{path}: {layers} layers with {heads} heads of {dim} in {groups} groups: no such model exists.")
     return dict(
-        num_layers=hf["num_hidden_layers"],
-        hidden_size=hf["hidden_size"],
-        ffn_hidden_size=hf["intermediate_size"],
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=_size(hf, "intermediate_size", path),
         num_attention_heads=heads,
-        num_query_groups=hf.get("num_key_value_heads") or heads,
-        kv_channels=hf.get("head_dim") or hf["hidden_size"] // heads,
-        vocab_size=hf["vocab_size"],
+        num_query_groups=groups,
+        kv_channels=dim,
+        vocab_size=_size(hf, "vocab_size", path),
         rotary_base=base,
         rope_scaling_factor=factor,
         # As LlamaConfig fills them in where they are absent.
-        norm_epsilon=hf.get("rms_norm_eps", 1e-6),
-        max_position_embeddings=hf.get("max_position_embeddings", 2048),
+        norm_epsilon=_number(hf, "rms_norm_eps", path, 1e-6),
+        max_position_embeddings=_size(hf, "max_position_embeddings", path, 2048),
         untie_embeddings_and_output_weights=not hf.get("tie_word_embeddings", False),
         qk_layernorm=kind == "qwen3",
     )
+
+
+MOST_LAYERS = 10_000
+"""Names of all tensors are listed before the files are looked at."""
+
+
+def _size(content: dict, name: str, path: Path, default: int | None = None) -> int:
+    """A positive whole number; the default where the field is absent or null."""
+    value = content.get(name)
+    value = default if value is None else value
+    if type(value) is not int or not 0 < value < 1 << 31:
+        raise ConfigError(f"{path}: {name} is {_shown(value)}, not a positive whole number. Download it again.")
+    return value
+
+
+def _number(content: dict, name: str, path: Path, default: float | None = None) -> float:
+    """A positive number; the default where the field is absent or null."""
+    value = content.get(name)
+    value = default if value is None else value
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+        raise ConfigError(f"{path}: {name} is {_shown(value)}, not a positive number. Download it again.")
+    return float(value)
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else f"{value!r:.40}" if isinstance(value, (str, int, float)) else type(value).__name__
 
 
 _REQUIRED = (
@@ -114,18 +142,20 @@ _ONLY = {
 def _rope(hf: dict, path: Path) -> tuple[float, float | None]:
     """(base, LLaMA-3.1 scaling factor or None): transformers >= 5 keeps both in `rope_parameters`."""
     parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    base = parameters.get("rope_theta", hf.get("rope_theta", 10000.0))
+    if not isinstance(parameters, dict):
+        raise ConfigError(f"{path}: rope_parameters is of type {type(parameters).__name__}, not an object. Download it again.")
+    base = _number(parameters, "rope_theta", path, _number(hf, "rope_theta", path, 10000.0))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"{path}: partial_rotary_factor {parameters['partial_rotary_factor']}; the engine turns whole heads.")
+        raise ConfigError(f"{path}: partial_rotary_factor is not 1; the engine turns whole heads.")
     if kind == "default":
-        return float(base), None
+        return base, None
     if kind != "llama3":
-        raise ConfigError(f"{path}: rope_type {kind!r}; the engine has 'default' and 'llama3'.")
+        raise ConfigError(f"{path}: rope_type {_shown(kind)}; the engine has 'default' and 'llama3'.")
     for key, wanted in ROPE_SCALING.items():
         if parameters.get(key) != wanted:
-            raise ConfigError(f"{path}: {key} is {parameters.get(key)}; megatron-core's scaling has {wanted} built in.")
-    return float(base), float(parameters["factor"])
+            raise ConfigError(f"{path}: {key} is {_shown(parameters.get(key))}; megatron-core's scaling has {wanted} built in.")
+    return base, _number(parameters, "factor", path)
 
 
 def hf_config(model: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None) -> dict:

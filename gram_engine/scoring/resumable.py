@@ -52,14 +52,23 @@ class ResumableLines:
             return None
 
     def _whole_lines(self) -> int:
-        """Cut off a line that was being written, and count the others."""
+        """Count the whole lines, and cut off what follows: a line that was being written, or one that was damaged."""
         if not self._partial.exists():
             return 0
-        content = self._partial.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(self._partial, whole)
-        return content.count(b"\n")
+        count = size = 0
+        for line in self._partial.read_bytes().splitlines(keepends=True):
+            if not (line.endswith(b"\n") and _is_object(line)):
+                os.truncate(self._partial, size)
+                break
+            count, size = count + 1, size + len(line)
+        return count
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def origin(inputs: Iterable[str], model: str, **settings: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,8 @@ from typing import Iterable, Iterator, Literal, Optional, Sequence
 import numpy as np
 import torch
 
-from gram_engine.convert.companions import GRAM_CONFIG
-from gram_engine.data.samples import Sample, judge_sample
-from gram_engine.data.template import JudgeTemplate
+from gram_engine.convert.companions import GRAM_CONFIG, GramConfig, read_gram_config
+from gram_engine.data.samples import Sample, judge_sample, label_ids
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import ConfigError
 from gram_engine.scoring.judge_model import JudgeModel
@@ -71,10 +69,9 @@ class Best:
 class RewardModelScorer:
     """A reward model in a Hugging Face folder, with the template and the label tokens it was trained with."""
 
-    def __init__(self, model: JudgeModel, tokenizer: Tokenizer, gram: dict, batch_tokens: Optional[int] = None):
+    def __init__(self, model: JudgeModel, tokenizer: Tokenizer, gram: GramConfig, batch_tokens: Optional[int] = None):
         self.model, self.tokenizer = model, tokenizer
-        self.template = JudgeTemplate.from_dict(gram["template"], GRAM_CONFIG)
-        self.max_tokens = gram["seq_length"]
+        self.template, self.max_tokens = gram.template, gram.seq_length
         self.batch_tokens = batch_tokens or BATCH_TOKENS[model.device.type]
 
     @classmethod
@@ -91,16 +88,14 @@ class RewardModelScorer:
             ConfigError: the folder is not an export of this engine, or its parts do not fit together.
             CheckpointError: its weights are missing, damaged or not finite.
         """
-        path = Path(folder) / GRAM_CONFIG
-        if not path.is_file():
-            raise ConfigError(f"{path}: no such file. --model needs a folder written by `gram convert`.")
-        try:
-            gram = json.loads(path.read_text(encoding="utf-8"))
-            labels = tuple(gram["label_ids"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: not what `gram convert` writes ({error!r}). Convert the checkpoint again.") from None
+        gram = read_gram_config(folder)
         tokenizer = Tokenizer.load("HuggingFaceTokenizer", folder)
-        model = JudgeModel(folder, labels, dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = JudgeModel(folder, gram.label_ids, dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if label_ids(tokenizer, gram.template) != gram.label_ids:
+            raise ConfigError(
+                f"{folder}: {GRAM_CONFIG} has the label tokens {list(gram.label_ids)}, the tokenizer gives "
+                f"{list(label_ids(tokenizer, gram.template))}. One of them was changed: convert the checkpoint again."
+            )
         return cls(model, tokenizer, gram, batch_tokens)
 
     def score(self, prompt: str, response: str, reference: str) -> float:

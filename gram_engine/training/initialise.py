@@ -15,6 +15,8 @@ from torch.distributed.rendezvous import rendezvous
 from gram_engine.config import Config, is_main_process, restarts, world_size
 from gram_engine.data.dataset import PairDataset
 from gram_engine.data.preprocess import ensure_preprocessed
+from gram_engine.data.samples import label_ids
+from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import ConfigError, GramError
 from gram_engine.platform import Platform
@@ -85,23 +87,40 @@ def _prepare_on_main(config: Config) -> PreparedData:
     valid = data.valid_data_path
     if data.valid_data:
         valid = ensure_preprocessed(data.valid_data, config, objective, True)
-    for prefix in filter(None, (train, valid)):
-        _check_manifest(prefix, PairDataset(prefix), config, tokenizer)
+    # What ensure_preprocessed found or made is whole; data that somebody else made is read once, here, to know that.
+    not_ours = (data.data_path, data.valid_data_path)
+    opened = {prefix: PairDataset(prefix, whole=prefix in not_ours) for prefix in (train, valid) if prefix}
+    given = JudgeTemplate.load(data.template).sha256 if data.template else None
+    for prefix, dataset in opened.items():
+        _check_manifest(prefix, dataset, config, tokenizer, given or opened[train].manifest["template"]["sha256"])
     return PreparedData(str(train), str(valid) if valid else None, tokenizer.vocab_size)
 
 
-def _check_manifest(prefix: str, dataset: PairDataset, config: Config, tokenizer: Tokenizer) -> None:
+def _check_manifest(prefix: str, dataset: PairDataset, config: Config, tokenizer: Tokenizer, template: str) -> None:
+    """Refuse data whose tokens this run would not have made: `template` is the hash of the run's."""
     manifest, again = dataset.manifest, f"Preprocess again: gram preprocess --output-prefix {prefix} ..."
-    objective = config.training.objective
+    objective, seq_length = config.training.objective, config.data.seq_length
     if manifest["objective"] != objective:
         raise ConfigError(f"{prefix}: made for --objective {manifest['objective']}, this run's is {objective}. {again}")
     if manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
         raise ConfigError(f"{prefix}: made with another tokenizer than {config.data.tokenizer_model}. {again}")
+    if manifest["template"]["sha256"] != template:
+        wanted = f"--template {config.data.template}" if config.data.template else "the training data's template"
+        raise ConfigError(f"{prefix}: made with the template {manifest['template']['name']}, not with {wanted}. {again}")
+    stored = JudgeTemplate.from_dict({k: v for k, v in manifest["template"].items() if k != "sha256"}, f"{prefix}.json")
+    labels = list(label_ids(tokenizer, stored)) if objective == "pair-preference" else None
+    if manifest["label_ids"] != labels:
+        raise ConfigError(f"{prefix}: made for the label tokens {manifest['label_ids']}, this run's are {labels}. {again}")
     longest = int(dataset.lengths.max(initial=0))
-    if longest > config.data.seq_length:
+    if longest > seq_length:
         raise ConfigError(
-            f"{prefix}: its longest sample has {longest} tokens, more than --seq-length {config.data.seq_length}. "
+            f"{prefix}: its longest sample has {longest} tokens, more than --seq-length {seq_length}. "
             f"Raise --seq-length to {longest}, or preprocess again."
+        )
+    if seq_length > manifest["seq_length"] and manifest["counts"]["truncated"]:
+        raise ConfigError(
+            f"{prefix}: {manifest['counts']['truncated']} samples were shortened to --seq-length {manifest['seq_length']}, "
+            f"this run has {seq_length}. Use --seq-length {manifest['seq_length']}, or preprocess again."
         )
     if len(dataset) == 0:
         raise ConfigError(f"{prefix}: holds no samples. {again}")

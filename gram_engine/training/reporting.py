@@ -11,12 +11,13 @@ from tqdm import tqdm
 from gram_engine.config import Config, is_main_process, world_size
 from gram_engine.errors import ConfigError
 from gram_engine.platform import Platform
+from gram_engine.redact import redact
 
 
 def log(message: str) -> None:
-    """Print one line on the main process, above the progress bar where there is one."""
+    """Print one line on the main process, above the progress bar where there is one, without access tokens."""
     if is_main_process():
-        tqdm.write(message, file=sys.stdout)
+        tqdm.write(redact(message), file=sys.stdout)
         sys.stdout.flush()
 
 

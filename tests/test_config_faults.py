@@ -1,0 +1,130 @@
+"""Damaged configurations, templates, tokenizers and reports: a clear error that names the file. GRAM_FAULTS=long tries more."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from gram_engine.command_line import parse
+from gram_engine.convert.companions import read_evaluation
+from gram_engine.data.samples import build_generate, build_judge, label_ids
+from gram_engine.data.template import JudgeTemplate
+from gram_engine.data.tokenizer import Tokenizer
+from gram_engine.scoring.resumable import ResumableLines
+from tests.conftest import TEMPLATE
+from tests.faults import Fault, changed, flipped, refused
+from tests.mutations import VALUES, damaged_bytes
+
+CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
+
+
+def config_file(work, draw) -> str:
+    """A configuration that training scripts come with, damaged, or with a value that is none."""
+    source = draw.choice([file for file in sorted(CONFIGS.glob("*.yaml")) if "template" not in file.name])
+    path = work.file("run.yaml")
+    content = source.read_bytes()
+    if draw.random() < 0.5:
+        name, value = draw.choice(("seed", "load", "data", "model", "lr", "no_such")), draw.choice(VALUES + YAML)
+        content += f"\n{name}: {value}\n".encode()
+    else:
+        content = damaged_bytes(draw, content)
+    path.write_bytes(content)
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            return refused(lambda: parse(["--config", str(path)]), str(path))
+        except SystemExit as end:
+            assert end.code == 2 and str(path) in said.getvalue() and "Traceback" not in said.getvalue()
+            return "refused"
+
+
+YAML = (
+    "!!python/object/apply:os.system ['exit 1']", "!!binary x", "&a [*a, *a]", "{? [1]: 2}", "2001-99-99", "0b2", "- 1", "\t",
+       "[" * 2000, "'unclosed", "*no", "--load", "[--load, x]", "{a: {b: 1}}", "2001-01-01", "1:30", "~",
+)  # fmt: skip
+
+
+def template_file(work, draw) -> str:
+    """A judge template, damaged, or with a value that is none."""
+    path = work.file("template.yaml")
+    content = Path(TEMPLATE).read_bytes()
+    if draw.random() < 0.5:
+        lines = content.decode().splitlines()
+        number = draw.choice([n for n, line in enumerate(lines) if re.match(r"[a-z_]+: ", line)])
+        lines[number] = f"{lines[number].partition(':')[0]}: {draw.choice(VALUES + YAML)}"
+        content = "\n".join(lines).encode()
+    else:
+        content = damaged_bytes(draw, content)
+    path.write_bytes(content)
+    return refused(lambda: use_template(path), str(path))
+
+
+def use_template(path: Path) -> None:
+    template = JudgeTemplate.load(path)
+    assert JudgeTemplate.from_dict(template.to_dict(), "again").judge("x", "y", "z")
+
+
+def tokenizer_file(work, draw) -> str:
+    """A tokenizer's file, damaged, then used as preprocessing does."""
+    if draw.random() < 0.4:
+        path = content_of = Path(work.tokenizer)
+    else:
+        path = work.hf_tokenizer
+        content_of = path / draw.choice(("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
+    change = draw.choice((damaged_bytes, flipped, jinja) if content_of.suffix == ".jinja" else (damaged_bytes, flipped))
+    with changed(content_of, change(draw, content_of.read_bytes())):
+        return refused(lambda: use_tokenizer(path, work.template), str(path))
+
+
+def jinja(draw, content: bytes) -> bytes:
+    """A chat template that fails, or asks for what its sandbox does not give."""
+    pieces = ("{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{% for %}", "{{ x.__class__.__mro__ }}", "{{ range(10**9) }}")
+    return draw.choice(pieces).encode() + content
+
+
+def use_tokenizer(path: Path, template: JudgeTemplate) -> None:
+    tokenizer = Tokenizer.load("auto", path)
+    label_ids(tokenizer, template)
+    build_judge(tokenizer, template, "say \u00fc \x00 yes", "yes " * 90, "no", 160)
+    build_generate(tokenizer, template, "say yes", "yes " * 90, "no", 160)
+
+
+def report_file(work, draw) -> str:
+    """A report of scores for the model card, damaged."""
+    path = work.file("report.json")
+    path.write_bytes(damaged_bytes(draw, b'{"figures": {"accuracy": 0.75, "pairs": 12}, "all": {"games": 3}, "files": ["x"]}'))
+    return refused(lambda: read_evaluation(str(path)), str(path))
+
+
+def partial_lines(work, draw) -> str:
+    """Lines that a killed job left, damaged: those before the damage stay, the job goes on behind them."""
+    path, rows = work.file("scores.jsonl"), [{"place": n, "text": "\u00fc" * n} for n in range(12)]
+    partial_file = work.file("scores.jsonl.partial")
+    ResumableLines(path, {"of": "this"})
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    place = draw.randrange(len(content))
+    partial_file.write_bytes(content[:place] + draw.choice((b"\x00", b"\xff", b"}", b"\n", b"[" * 5000)) + content[place + 1 :])
+    lines = ResumableLines(path, {"of": "this"})
+    kept = lines.earlier()
+    assert len(kept) == lines.done and kept[: content[:place].count(b"\n")] == rows[: content[:place].count(b"\n")]
+    return "gone on before the damage"
+
+
+FAULTS = [
+    Fault("damaged configuration YAML", "bytes changed; nested, recursive or python values; aliases", config_file, 30, 1000,
+          ("refused", "opened")),
+    Fault("damaged judge template", "the same", template_file, 100, 3000, ("refused", "opened")),
+    Fault("damaged tokenizer", "SentencePiece model, tokenizer.json, tokenizer_config.json, chat template", tokenizer_file,
+          60, 2000, ("refused", "opened")),
+    Fault("damaged report for the model card", "bytes changed", report_file, 300, 10_000, ("refused", "opened")),
+    Fault("damaged lines of a killed `score`", "a byte changed", partial_lines, 100, 5000, ("gone on before the damage",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_fault(fault, fault_work):
+    assert fault.run(fault_work)[fault.allowed[0]] > 0
