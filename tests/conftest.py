@@ -50,7 +50,7 @@ def tiny_data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def fault_work(tmp_path_factory):
     """Preprocessed data, tokenizers and a folder to damage files in."""
-    from tests.faults import Work
+    from tests.data_faults import Work
 
     return Work(tmp_path_factory.mktemp("faults"))
 

@@ -25,7 +25,7 @@ from gram_engine.errors import CheckpointError, ConfigError
 from gram_engine.redact import MASK, SECRETS, redact
 from gram_engine.scoring.scorer import RewardModelScorer
 from tests.conftest import TEMPLATE
-from tests.faults import Fault, changed, refused, resealed
+from tests.data_faults import Fault, changed, refused, resealed
 from tests.mutations import VALUES, damaged_bytes
 
 

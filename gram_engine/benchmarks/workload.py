@@ -50,5 +50,6 @@ def write_workload(
     with DatasetWriter(prefix, vocab_size) as writer:
         writer.add(Chunk(tokens, lengths, rows, samples, 0, 0))
         labels = list(LABEL_IDS) if objective == "pair-preference" else None
-        manifest = {"format_version": FORMAT_VERSION, "objective": objective, "label_ids": labels, "counts": writer.counts}
+        facts = {"objective": objective, "label_ids": labels, "seq_length": seq_length, "tokenizer": {}, "template": {}}
+        manifest = {"format_version": FORMAT_VERSION, **facts, "counts": writer.counts}
         writer.finish(manifest)
