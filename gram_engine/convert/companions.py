@@ -9,6 +9,7 @@ from typing import Any, Optional
 
 from gram_engine.config import Config
 from gram_engine.convert.jobs import Job
+from gram_engine.data.conversation import Conversation
 from gram_engine.data.samples import label_ids
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
@@ -18,8 +19,9 @@ from gram_engine.model.presets import hf_config
 from gram_engine.training.checkpoint_folder import DATA_MANIFEST, SOURCE, TEMPLATE, TOKENIZER
 
 GRAM_CONFIG = "gram_config.json"
-PAIR_LOGIT, CAUSAL_LM = "pair-logit", "causal-lm"
+PAIR_LOGIT, CAUSAL_LM, SCALAR = "pair-logit", "causal-lm", "scalar"
 ORDER_RULE = "reward of y1 against y2 = mean of p(A | y1, y2) and p(B | y2, y1), softmax over the two labels"
+SCALAR_RULE = "reward of y = the logit at the last token of [x, y]; p(y1 better than y2) = sigmoid(reward of y1 - of y2)"
 
 
 def label_ids_of(path: Path) -> tuple[int, int]:
@@ -43,37 +45,52 @@ def write_companions(job: Job, config: Config, head: str, evaluation: Optional[s
     """Write everything but the weights into the job's folder; fields of the folder that training began from are kept.
 
     Args:
-        head: CAUSAL_LM or PAIR_LOGIT.
+        head: CAUSAL_LM, PAIR_LOGIT or SCALAR.
         evaluation: JSON file whose figures the model card shows.
     """
     path, folder = job.checkpoint, job.folder
     shutil.copytree(path / TOKENIZER, folder, dirs_exist_ok=True)
-    tokenizer, template = Tokenizer.load("HuggingFaceTokenizer", folder), JudgeTemplate.load(path / TEMPLATE)
+    tokenizer = Tokenizer.load("HuggingFaceTokenizer", folder)
+    gram = _scalar_rules(path, tokenizer) if head == SCALAR else _judge_rules(path)
     source = _read_json(path / SOURCE / "config.json")
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     described = hf_config(config.model, str(job.dtype).removeprefix("torch."), *ids.values())
     described |= {name: source[name] for name in (*ids, "initializer_range") if name in source}
-    if head == PAIR_LOGIT:
+    if head != CAUSAL_LM:
+        label = "reward" if head == SCALAR else "A over B"
         described["architectures"] = [described["architectures"][0].replace("CausalLM", "SequenceClassification")]
-        described |= {"num_labels": 1, "id2label": {"0": "A over B"}, "label2id": {"A over B": 0}}
+        described |= {"num_labels": 1, "id2label": {"0": label}, "label2id": {label: 0}}
         described["pad_token_id"] = tokenizer.hf.pad_token_id if tokenizer.hf.pad_token_id is not None else tokenizer.eos_id
     _write_json(folder / "config.json", {**source, **described})
     generation = _read_json(path / SOURCE / "generation_config.json") or {**ids, "do_sample": False}
     if head == CAUSAL_LM:
         _write_json(folder / "generation_config.json", generation)
-    gram = {
-        "head": head,
+    general = {"head": head, "seq_length": config.data.seq_length, "overlong": "truncate"}
+    _write_json(folder / GRAM_CONFIG, {**general, **gram})
+    with write_atomically(folder / "README.md") as handle:
+        handle.write(_model_card(path, config, head, evaluation))
+
+
+def _judge_rules(path: Path) -> dict[str, Any]:
+    """How a judge prompt is written and read."""
+    template = JudgeTemplate.load(path / TEMPLATE)
+    return {
         "template": template.to_dict(),
         "template_sha256": template.sha256,
         "labels": [template.label_a, template.label_b],
         "label_ids": list(label_ids_of(path)),
-        "seq_length": config.data.seq_length,
-        "overlong": "truncate",
         "order_rule": ORDER_RULE,
     }
-    _write_json(folder / GRAM_CONFIG, gram)
-    with write_atomically(folder / "README.md") as handle:
-        handle.write(_model_card(path, config, head, evaluation))
+
+
+def _scalar_rules(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """How a text with one response is written; its tokenizer gets a token to pad with that ends no text."""
+    conversation = Conversation(**json.loads((path / DATA_MANIFEST).read_text(encoding="utf-8"))["conversation"])
+    pad_id = conversation.pad_id(tokenizer)
+    if pad_id != tokenizer.hf.pad_token_id:
+        tokenizer.hf.pad_token = tokenizer.token(pad_id)
+        tokenizer.save_pretrained(tokenizer.path)
+    return {"conversation": conversation.to_dict(), "rule": SCALAR_RULE}
 
 
 def read_evaluation(file: str) -> dict[str, Any]:
@@ -100,11 +117,18 @@ def _model_card(path: Path, config: Config, head: str, evaluation: Optional[str]
             "`AutoModelForSequenceClassification` loads it too: for a judge prompt (template below) its one logit is "
             "Z_A - Z_B, the log odds that the response shown first is the better one. "
         )
+    rules = f"Template, label tokens and the order rule are in `{GRAM_CONFIG}`: {ORDER_RULE}."
+    if head == SCALAR:
+        use += (
+            "`AutoModelForSequenceClassification` loads it too: its one logit is the reward of a response, read at the end "
+            "of prompt and response. "
+        )
+        rules = f"How prompt and response are written is in `{GRAM_CONFIG}` (`conversation`): {SCALAR_RULE}."
     return (
         "---\nlibrary_name: transformers\ntags: [reward-model, gram]\n---\n\n"
-        "# Generative reward model\n\n"
+        f"# {'Discriminative' if head == SCALAR else 'Generative'} reward model\n\n"
         f"Trained with gram_engine, objective `{config.training.objective}`, checkpoint `{path.name}`. {use}"
-        f"Template, label tokens and the order rule are in `{GRAM_CONFIG}`: {ORDER_RULE}.\n\n"
+        f"{rules}\n\n"
         f"{measured}## Training configuration\n\n```yaml\n{config.to_yaml()}```\n"
     )
 

@@ -75,7 +75,7 @@ def _prepare_on_main(config: Config) -> PreparedData:
     train = data.data_path or ensure_preprocessed(data.data, config, objective, data.pair_order == "both")
     valid = data.valid_data_path
     if data.valid_data:
-        valid = ensure_preprocessed(data.valid_data, config, objective, True)
+        valid = ensure_preprocessed(data.valid_data, config, objective, not config.has_scalar_head)
     for prefix in filter(None, (train, valid)):
         _check_manifest(prefix, PairDataset(prefix), config, tokenizer)
     return PreparedData(str(train), str(valid) if valid else None, tokenizer.vocab_size)
@@ -88,7 +88,7 @@ def _check_manifest(prefix: str, dataset: PairDataset, config: Config, tokenizer
         raise ConfigError(f"{prefix}: made for --objective {manifest['objective']}, this run's is {objective}. {again}")
     if manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
         raise ConfigError(f"{prefix}: made with another tokenizer than {config.data.tokenizer_model}. {again}")
-    longest = int(dataset.lengths.max(initial=0))
+    longest = int(dataset.parts.max(initial=0))
     if longest > config.data.seq_length:
         raise ConfigError(
             f"{prefix}: its longest sample has {longest} tokens, more than --seq-length {config.data.seq_length}. "
