@@ -91,13 +91,13 @@ class DataConfig:
     pair_order: Literal["random", "both"] = "random"
     """Each pair once, in a seeded random order of its two responses, or in both orders."""
     ties: Literal["half", "drop"] = "half"
-    """Pairs without a winner: train towards 1/2, or drop them (stage 2)."""
+    """Pairs without a winner: train towards 1/2, or drop them (stage 2 and bradley-terry)."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     """Samples over --seq-length: shorten the responses (the longer first), drop the sample, or stop."""
     skip_bad_rows: bool = False
     """Count bad rows and write them to PREFIX.rejects.jsonl instead of stopping at the first."""
     seq_length: int = 2048
-    """Most tokens in one sample."""
+    """Most tokens in one sample; bradley-terry: in each of its two sequences."""
     preprocess_workers: int = 1
     """Processes that tokenise --data."""
     prompt_key: Optional[str] = None
@@ -149,8 +149,8 @@ class ParallelConfig:
 class TrainingConfig:
     """Objective, batch, length of the run, precision and optimizer."""
 
-    objective: Literal["response-lm", "pair-preference"] = "pair-preference"
-    """response-lm: stage 1, -log p([y_a, y_b] | x) (Eq. 4). pair-preference: stage 2, two label tokens (Eq. 6-8)."""
+    objective: Literal["response-lm", "pair-preference", "bradley-terry"] = "pair-preference"
+    """response-lm: stage 1 (Eq. 4). pair-preference: stage 2, label tokens (Eq. 6-8). bradley-terry: scalar head (Eq. 1)."""
     response_loss: Literal["both", "a", "b"] = "both"
     """Stage 1: responses that carry loss; 'b' is the paper's GRAM-v3, 'a' its GRAM-v4."""
     marker_loss: bool = True
@@ -159,12 +159,16 @@ class TrainingConfig:
     """Stage 2: the paper's eps, weight of the wrong label. (torch's label_smoothing = 2 eps: the authors' YAML 0.1 is 0.05.)"""
     label_softmax: Literal["two-token", "full-vocabulary"] = "two-token"
     """Stage 2: softmax and smoothing over the two label tokens (Eq. 7-8), or over the vocabulary (Table 5, vanilla)."""
+    sft_loss_weight: float = 0.0
+    """bradley-terry: weight of -log p(chosen response | prompt), summed over its tokens (the + Regularization baseline)."""
+    freeze: Optional[Literal["backbone", "embeddings"]] = None
+    """Weights that stay as they are: all but the scalar head (bradley-terry), or the embedding (and a tied output layer)."""
     fused_losses: bool = True
     """Use the fused losses (gram_engine/kernels); off: plain PyTorch and autograd, slower, to compare with."""
     prune_last_layer: bool = True
-    """Stage 2 with fused losses: the last layer computes only keys and values away from the label rows. Exact."""
+    """Losses at label rows only: the last layer computes just keys and values away from these rows. Exact."""
     micro_batch_size: int = 1
-    """A micro-batch is one pack of at most micro-batch-size x seq-length tokens."""
+    """A micro-batch is one pack of at most micro-batch-size x seq-length tokens (bradley-terry: twice that)."""
     global_batch_size: int = 32
     """Samples per step, over all processes; the loss is the mean over all labels of the step."""
     train_samples: Optional[int] = None
@@ -312,7 +316,8 @@ class Config:
     @property
     def pack_tokens(self) -> int:
         """Most tokens of a micro-batch."""
-        return self.training.micro_batch_size * self.data.seq_length
+        sequences = 2 if self.has_scalar_head else 1
+        return self.training.micro_batch_size * sequences * self.data.seq_length
 
     @property
     def pack_multiple(self) -> int:
@@ -328,7 +333,18 @@ class Config:
     def prunes_last_layer(self) -> bool:
         """Whether the model returns the label rows alone."""
         training = self.training
-        return training.objective == "pair-preference" and training.fused_losses and training.prune_last_layer
+        at_label_rows = training.objective == "pair-preference" or not self.has_vocabulary_head
+        return at_label_rows and training.fused_losses and training.prune_last_layer
+
+    @property
+    def has_scalar_head(self) -> bool:
+        """Whether the model gives each sequence a reward of its own."""
+        return self.training.objective == "bradley-terry"
+
+    @property
+    def has_vocabulary_head(self) -> bool:
+        """Whether the loss needs the output layer."""
+        return not self.has_scalar_head or self.training.sft_loss_weight > 0
 
     @property
     def label_rows_only(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from gram_engine.config import Config, world_size
+from gram_engine.config import Config, TrainingConfig, world_size
 from gram_engine.data.sources import absent, source_is_there
 from gram_engine.errors import ConfigError
 
@@ -189,6 +189,36 @@ def _check_data(config: Config):
     yield data.seq_length < 1, f"--seq-length {data.seq_length} must be positive."
 
 
+def _check_scalar_head(config: Config):
+    training, scalar = config.training, config.has_scalar_head
+    yield scalar and config.parallel.context_parallel_size > 1, (
+        "--objective bradley-terry compares the ends of two sequences, which --context-parallel-size "
+        f"{config.parallel.context_parallel_size} would put on different processes. Leave it out; for long samples use "
+        "--tensor-model-parallel-size with --sequence-parallel, and --recompute-granularity full."
+    )
+    yield scalar and config.data.pair_order == "both", (
+        "--pair-order both would give --objective bradley-terry every pair twice: its loss is the same in both orders. "
+        "Leave it out."
+    )
+    yield scalar and training.label_softmax != "two-token", (
+        "--label-softmax is for --objective pair-preference: bradley-terry has no label tokens. Leave it out."
+    )
+    yield scalar and training.label_smoothing not in (0, TrainingConfig.label_smoothing), (
+        f"--label-smoothing {training.label_smoothing} is for --objective pair-preference: bradley-terry (Eq. 1) does not "
+        "smooth. Leave it out."
+    )
+    weight = training.sft_loss_weight
+    yield weight < 0, f"--sft-loss-weight {weight} must be at least 0."
+    yield weight > 0 and not scalar, "--sft-loss-weight regularises a scalar head: use it with --objective bradley-terry."
+    yield training.freeze == "backbone" and not scalar, (
+        f"--freeze backbone leaves --objective {training.objective} nothing to train: it is for bradley-terry. "
+        "For the generative baseline use --freeze embeddings."
+    )
+    yield training.freeze == "backbone" and weight > 0, (
+        "--sft-loss-weight regularises the features that --freeze backbone keeps fixed: give one of the two."
+    )
+
+
 def _check_run(config: Config):
     training, checkpoint = config.training, config.checkpoint
     lengths = [training.train_samples, training.train_iters, training.train_epochs]
@@ -202,6 +232,7 @@ def _check_run(config: Config):
         "--label-softmax full-vocabulary has no plain version: leave --no-fused-losses out."
     )
     yield min(training.micro_batch_size, training.global_batch_size) < 1, "Batch sizes must be at least 1."
+    yield from _check_scalar_head(config)
     yield from _check_precision(config)
     rows = training.logits_chunk_size
     yield rows is not None and rows < 1, f"--logits-chunk-size {rows} must be at least 1. Leave it out for the default."

@@ -9,7 +9,6 @@ from typing import Annotated, Literal, Optional
 import tyro
 
 from gram_engine.command_line import fail
-from gram_engine.convert.companions import CAUSAL_LM
 from gram_engine.errors import ConfigError, GramError
 
 
@@ -31,8 +30,9 @@ class ConvertArguments:
     """Format to write; default: the other one."""
     dtype: Optional[Literal["float32", "bfloat16", "float16"]] = None
     """Dtype of the written weights; default: as they are."""
-    head: Literal["causal-lm", "pair-logit"] = CAUSAL_LM
-    """To hf: the language model, or AutoModelForSequenceClassification with one logit, Z_A - Z_B."""
+    head: Optional[Literal["causal-lm", "pair-logit", "scalar"]] = None
+    """To hf: the language model, or AutoModelForSequenceClassification with one logit: Z_A - Z_B (pair-logit), or the reward of
+    bradley-terry (scalar); default: causal-lm, and scalar for bradley-terry."""
     template: str = "gram-code"
     """To engine: judge prompt of the checkpoint: gram-code, gram-paper, or a YAML file."""
     evaluation: Optional[str] = None

@@ -12,10 +12,11 @@ from typing import Iterator, Optional
 import torch
 from torch import Tensor
 
-from gram_engine.convert.companions import CAUSAL_LM, PAIR_LOGIT, label_ids_of, read_evaluation, write_companions
+from gram_engine.config import Config
+from gram_engine.convert.companions import CAUSAL_LM, PAIR_LOGIT, SCALAR, label_ids_of, read_evaluation, write_companions
 from gram_engine.convert.hf_folder import HuggingFaceFolder
 from gram_engine.convert.jobs import Job, check_room, head_key, in_files, run_jobs
-from gram_engine.convert.mapping import INDEX, OUTPUT, SINGLE, rules
+from gram_engine.convert.mapping import INDEX, OUTPUT, SCORE, SINGLE, rules
 from gram_engine.convert.safetensors_file import SafetensorsWriter
 from gram_engine.convert.torch_dist import TorchDistCheckpoint
 from gram_engine.errors import CheckpointError, ConfigError
@@ -29,15 +30,13 @@ from gram_engine.training.checkpoint_folder import (
     run_config_of,
 )
 
-SCORE = "score.weight"
-
 
 def export_hf(
     checkpoint: str | Path,
     folder: str | Path,
     dtype: Optional[str] = None,
     *,
-    head: str = CAUSAL_LM,
+    head: Optional[str] = None,
     processes: int = 1,
     verify: bool = False,
     evaluation: Optional[str] = None,
@@ -46,13 +45,14 @@ def export_hf(
 
     Args:
         dtype: of the written weights, as torch names it; None: as the checkpoint holds them.
-        head: CAUSAL_LM, or PAIR_LOGIT for AutoModelForSequenceClassification with score.weight = W_A - W_B.
+        head: CAUSAL_LM, PAIR_LOGIT for AutoModelForSequenceClassification with score.weight = W_A - W_B, or SCALAR for
+            that with the scalar head of bradley-terry; None: CAUSAL_LM or SCALAR, by the objective.
         verify: read everything back and compare it, bit for bit, with the checkpoint.
         evaluation: JSON report whose figures go into the model card.
 
     Raises:
         CheckpointError: no checkpoint, a tensor is missing, or what was written differs.
-        ConfigError: `folder` exists, or the disk has too little room.
+        ConfigError: `folder` exists, the checkpoint has no such head, or the disk has too little room.
     """
     path, folder = _checkpoint_path(Path(checkpoint)), Path(folder)
     if folder.exists():
@@ -60,6 +60,7 @@ def export_hf(
     if evaluation:
         read_evaluation(evaluation)
     config = run_config_of(path)
+    head = _head_of(config, path, head)
     stored = TorchDistCheckpoint(path).shape_and_dtype("decoder.final_layernorm.weight", None)[1]
     temporary = folder.with_name(f".{folder.name}.tmp")
     jobs = _jobs(path, temporary, config.model, getattr(torch, dtype) if dtype else stored, head)
@@ -88,8 +89,19 @@ def _checkpoint_path(folder: Path) -> Path:
     return path
 
 
+def _head_of(config: Config, path: Path, wanted: Optional[str]) -> str:
+    own = SCALAR if config.has_scalar_head else CAUSAL_LM
+    if wanted is not None and (wanted == SCALAR) != (own == SCALAR):
+        raise ConfigError(
+            f"--head {wanted}: {path} was trained with --objective {config.training.objective}. Leave --head out for "
+            f"what it has: {own}."
+        )
+    return wanted or own
+
+
 def _jobs(path: Path, folder: Path, model, dtype: torch.dtype, head: str) -> list[Job]:
     wanted = [(rule, layer) for rule, layer in rules(model) if head == CAUSAL_LM or rule is not OUTPUT]
+    wanted += [(SCORE, None)] if head == SCALAR else []
     files = in_files(wanted, model, dtype)
     names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
     if len(files) == 1:
@@ -108,7 +120,7 @@ def _shapes(job: Job) -> dict[str, tuple[int, ...]]:
     for rule, layer in job.rules():
         shapes.update(zip(rule.hf_names(layer), rule.hf_shapes(job.model), strict=True))
     if job.label_ids:
-        shapes[SCORE] = (1, job.model.hidden_size)
+        shapes.update(zip(SCORE.hf, SCORE.hf_shapes(job.model)))
     return shapes
 
 
@@ -119,7 +131,7 @@ def _tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
         yield from zip(rule.hf_names(layer), rule.split(checkpoint.tensor(rule.engine, layer), job.model), strict=True)
     if job.label_ids:
         row_a, row_b = checkpoint.tensor(*head_key(job.model))[list(job.label_ids)].float()
-        yield SCORE, (row_a - row_b)[None]
+        yield SCORE.hf[0], (row_a - row_b)[None]
 
 
 def _write_shard(job: Job) -> None:

@@ -6,24 +6,29 @@ from pathlib import Path
 
 import torch
 
-from gram_engine.config import ModelConfig
+from gram_engine.config import Config
 from gram_engine.convert.hf_folder import HuggingFaceFolder
-from gram_engine.convert.mapping import rules
+from gram_engine.convert.mapping import SCORE, rules
 from gram_engine.model.build import sharded_tensors
 
 
 @torch.no_grad()
-def load_hf_weights(chunks: list, folder: str | Path, model: ModelConfig) -> None:
+def load_hf_weights(chunks: list, folder: str | Path, config: Config) -> None:
     """Fill this process's parameters from `folder`, converted to their dtype; vocabulary padding becomes zero.
+
+    A scalar head is that of a ...ForSequenceClassification folder, and keeps its random start with a language model's.
 
     Raises:
         CheckpointError: a tensor is missing, of another shape than config.json says, or has no place in the engine.
     """
-    source = HuggingFaceFolder(folder)
-    source.check(model)
-    rule_of = {(rule.engine, layer): rule for rule, layer in rules(model)}
+    source, model = HuggingFaceFolder(folder), config.model
+    scored = not config.has_vocabulary_head and SCORE.engine in source.files
+    source.check(model, other_head=SCORE.engine if scored else None)
+    rule_of = {(rule.engine, layer): rule for rule, layer in [*rules(model), (SCORE, None)]}
     for chunk in chunks:
         for tensor in sharded_tensors(chunk):
+            if tensor.key == SCORE.engine and not scored:
+                continue
             stacked = tensor.prepend_axis_num
             layer = tensor.global_offset[0] if stacked else None
             rule = rule_of[tensor.key, layer]

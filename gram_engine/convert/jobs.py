@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from gram_engine.config import ModelConfig
-from gram_engine.convert.mapping import EMBEDDING, OUTPUT, Rule, rules
+from gram_engine.convert.mapping import EMBEDDING, OUTPUT, SCORE, Rule, rules
 from gram_engine.convert.torch_dist import Key
 from gram_engine.errors import ConfigError
 
@@ -43,7 +43,7 @@ class Job:
 
     def rules(self) -> list[tuple[Rule, int | None]]:
         """(rule, layer) of the job's keys."""
-        rule_of = {(rule.engine, layer): rule for rule, layer in [*rules(self.model), (OUTPUT, None)]}
+        rule_of = {(rule.engine, layer): rule for rule, layer in [*rules(self.model), (OUTPUT, None), (SCORE, None)]}
         return [(rule_of[key], key[1]) for key in self.keys]
 
 

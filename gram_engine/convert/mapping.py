@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gram_engine.config import ModelConfig
+from gram_engine.model.scalar_head import SCALAR_HEAD
 
 LAYER = "decoder.layers."
 HF_LAYER = "model.layers.{layer}."
@@ -86,6 +87,10 @@ def _head(model: ModelConfig) -> int:
     return model.kv_channels
 
 
+def _one(model: ModelConfig) -> int:
+    return 1
+
+
 def _vector(model: ModelConfig) -> None:
     return None
 
@@ -146,6 +151,8 @@ QK_NORM_RULES = tuple(
 
 EMBEDDING = _direct("embedding.word_embeddings.weight", "model.embed_tokens.weight", _vocabulary, _hidden)
 OUTPUT = _direct("output_layer.weight", "lm_head.weight", _vocabulary, _hidden)
+SCORE = _direct(SCALAR_HEAD, SCALAR_HEAD, _one, _hidden)
+"""The scalar head; it stands for the output layer in Hugging Face's ...ForSequenceClassification."""
 FINAL_NORM = _direct("decoder.final_layernorm.weight", "model.norm.weight", _hidden, _vector)
 
 

@@ -1,6 +1,7 @@
 """Preprocessed data on disk: token sequences in Megatron's .bin/.idx, one row of facts per sequence, and a manifest.
 
-PREFIX.bin/.idx      tokens (megatron-core IndexedDataset), one sequence per (pair, order)
+PREFIX.bin/.idx      tokens (megatron-core IndexedDataset), one sequence per (pair, order); for bradley-terry one per pair,
+                     [x, y_a] and [x, y_b] end to end
 PREFIX.samples.npy   structured array of SAMPLE_DTYPE, one row per sequence
 PREFIX.json          manifest: what the tokens were made from and how, sizes and checksums (integrity.py); written last
 """
@@ -30,7 +31,7 @@ SAMPLE_DTYPE = np.dtype(
         ("weight", "<f4"),
         ("margin", "<f4"),
         # Stage 1, in token positions (-1 where unknown), ascending: the target runs from target_start to the end of the
-        # sequence, `middle` is the first token of B's opening marker.
+        # sequence, `middle` is the first token of B's opening marker.  Bradley-Terry: `middle` is the first token of [x, y_b].
         ("target_start", "<i4"),
         ("a_start", "<i4"),
         ("a_end", "<i4"),
@@ -88,6 +89,14 @@ class PairDataset:
     def lengths(self) -> np.ndarray:
         """Tokens in each sequence, [len(self)] int64."""
         return np.asarray(self._sequences.sequence_lengths, dtype=np.int64)
+
+    @cached_property
+    def parts(self) -> np.ndarray:
+        """Tokens that see each other, [len(self), 1] int64; for bradley-terry [len(self), 2], the two texts of a pair."""
+        if self.objective != "bradley-terry":
+            return self.lengths[:, None]
+        middle = self.samples["middle"].astype(np.int64)
+        return np.stack([middle, self.lengths - middle], axis=1)
 
     @property
     def objective(self) -> str:

@@ -99,6 +99,12 @@ def _describe_sample(
             f"loss on {tokenizer.token(label_a)!r} ({label_a}) against {tokenizer.token(label_b)!r} ({label_b})"
         )
         return
+    if dataset.objective == "bradley-terry":
+        for response, row in zip("AB", rows.tolist()):
+            yield f"  response {response}    | {_text(tokenizer, pack.tokens[start : row + 1])}"
+            yield f"  reward row {row} | after {tokenizer.token(pack.tokens[row])!r}"
+            start = row + 1
+        return
     carries_loss = torch.zeros(end - start, dtype=torch.bool)
     carries_loss[rows + 1 - start] = True
     edges = [0, *(torch.nonzero(carries_loss[1:] != carries_loss[:-1])[:, 0] + 1).tolist(), end - start]

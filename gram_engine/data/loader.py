@@ -27,10 +27,12 @@ class PackedBatch:
     """One micro-batch: samples end to end (THD), on the CPU; padding at the end forms a sequence of its own.
 
     tokens, position_ids: int64 [T]; cu_seqlens: int32 [sequences + 1]; rows: int64 [R], positions whose hidden state
-    predicts (stage 2: the last token of each sample; stage 1: position p predicts token p + 1); targets: int64 [R] in
-    stage 1, empty in stage 2; sample_ids, preference, weight, margin: [S], rows of the data set. Weights are scaled so
-    that their mean over the global batch is 1. The last three say how context-parallel processes share the pack
-    (context_parallel.py).
+    predicts (stage 2: the last token of each sample; stage 1: position p predicts token p + 1; bradley-terry: the last
+    token of [x, y_a], then of [x, y_b], of each sample); targets: int64 [R] in stage 1, else empty; sample_ids, preference,
+    weight, margin: [S], rows of the data set. Weights are scaled so that their mean over the global batch is 1.
+    gather_order, label_keys, label_cu_seqlens say how context-parallel processes share the pack (context_parallel.py).
+    sft_rows, sft_targets: int64 [N], sft_weight: fp32 [N], where bradley-terry also learns the better response: positions,
+    the tokens they predict, and the weight of each.
     """
 
     tokens: torch.Tensor
@@ -46,6 +48,9 @@ class PackedBatch:
     gather_order: torch.Tensor | None = None
     label_keys: torch.Tensor | None = None
     label_cu_seqlens: torch.Tensor | None = None
+    sft_rows: torch.Tensor | None = None
+    sft_targets: torch.Tensor | None = None
+    sft_weight: torch.Tensor | None = None
 
 
 @dataclass
@@ -72,6 +77,7 @@ class PackedLoader:
         sequence_multiple: and so is every sample's, of this, by padding at its end (which pad_multiple must be one of).
         microbatch_multiple: the number of micro-batches is a multiple of this (pipeline size with virtual stages).
         response_loss, marker_loss: stage 1, which tokens of the target carry loss.
+        sft: bradley-terry, whether batches name the tokens of the better response.
 
     Raises:
         ConfigError: the data set was made for another objective, or a sample is longer than a pack.
@@ -92,6 +98,7 @@ class PackedLoader:
         microbatch_multiple: int = 1,
         response_loss: Literal["both", "a", "b"] = "both",
         marker_loss: bool = True,
+        sft: bool = False,
         attention_cost: float = ATTENTION_COST,
     ) -> None:
         if dataset.objective != objective:
@@ -116,7 +123,9 @@ class PackedLoader:
         self.microbatch_multiple = microbatch_multiple
         self.attention_cost = attention_cost
         self._loss_ranges = _loss_ranges(dataset, objective, response_loss, marker_loss)
-        self._num_rows = sum(np.maximum(end - start, 0) for start, end in self._loss_ranges)
+        self._sft_ranges = _better_responses(dataset) if sft else []
+        self._num_rows = sum(np.maximum(end - start, 0) for start, end, *_ in self._sft_ranges or self._loss_ranges)
+        self._squares = (dataset.parts**2).sum(axis=1)
         # Permutations of the last two epochs: a batch may span both.
         self._permutation = lru_cache(maxsize=2)(self._new_permutation)
 
@@ -133,9 +142,8 @@ class PackedLoader:
             yield self._global_batch(np.arange(start, min(start + self.global_batch_size, len(self.dataset))))
 
     def totals(self) -> tuple[int, int, int]:
-        """Tokens, predicting rows and sum of squared lengths of the whole data set."""
-        lengths = self.dataset.lengths.astype(np.int64)
-        return int(lengths.sum()), int(self._num_rows.sum()), int((lengths**2).sum())
+        """Tokens, rows that meet the output layer and sum of squared lengths of the whole data set."""
+        return int(self.dataset.lengths.sum()), int(self._num_rows.sum()), int(self._squares.sum())
 
     def _new_permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
@@ -149,7 +157,7 @@ class PackedLoader:
             num_samples=len(ids),
             num_tokens=int(lengths.sum()),
             num_rows=int(self._num_rows[ids].sum()),
-            squared_lengths=int((lengths**2).sum()),
+            squared_lengths=int(self._squares[ids].sum()),
             sample_ids=ids,
         )
 
@@ -166,7 +174,8 @@ class PackedLoader:
         for start, sample in zip(starts, ids):
             sequence = self.dataset.tokens(sample)
             tokens[start : start + len(sequence)] = sequence
-        cu_seqlens = starts if used == size else np.append(starts, size)
+        bounds = np.append(self._sequence_starts(ids, starts), used)
+        cu_seqlens = bounds if used == size else np.append(bounds, size)
         position_ids = np.arange(size) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
         rows = self._rows(ids, starts)
         targets = tokens[rows + 1] if self.objective == "response-lm" else np.empty(0, np.int64)
@@ -182,6 +191,27 @@ class PackedLoader:
             preference=torch.from_numpy(facts["preference"].copy()),
             weight=torch.from_numpy((facts["weight"] * weight_scale).astype(np.float32)),
             margin=torch.from_numpy(facts["margin"].copy()),
+            **(self._sft(ids, starts, tokens, weight_scale) if self._sft_ranges else {}),
+        )
+
+    def _sequence_starts(self, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Where the sequences of a pack begin: its samples, or the parts of these."""
+        parts = self.dataset.parts[ids]
+        return (starts[:-1, None] + parts.cumsum(axis=1) - parts).flatten()
+
+    def _sft(self, ids: np.ndarray, starts: np.ndarray, tokens: np.ndarray, weight_scale: float) -> dict[str, torch.Tensor]:
+        """sft_rows, sft_targets and sft_weight of a pack."""
+        ranges = [
+            (np.arange(begin[sample], end[sample]) + start, share[sample])
+            for sample, start in zip(ids, starts)
+            for begin, end, share in self._sft_ranges
+        ]
+        rows = np.concatenate([np.empty(0, np.int64), *(positions for positions, _ in ranges)]).astype(np.int64)
+        weight = np.concatenate([np.empty(0), *(np.full(len(positions), share) for positions, share in ranges)])
+        return dict(
+            sft_rows=torch.from_numpy(rows),
+            sft_targets=torch.from_numpy(tokens[rows + 1]),
+            sft_weight=torch.from_numpy((weight * weight_scale).astype(np.float32)),
         )
 
     def _rows(self, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
@@ -199,8 +229,9 @@ def _loss_ranges(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Ranges of predicting positions of every sample, [(first [n], end [n]), ...], one before the tokens they predict."""
     facts, lengths = dataset.samples, dataset.lengths
-    if objective == "pair-preference":
-        return [(lengths - 1, lengths)]
+    if objective != "response-lm":
+        ends = dataset.parts.cumsum(axis=1)
+        return [(end - 1, end) for end in ends.T]
     names = ["target_start", "a_start", "a_end", "middle", "b_start", "b_end"]
     at = {name: facts[name].astype(np.int64) for name in names}
     partial = response_loss != "both" or not marker_loss
@@ -219,3 +250,16 @@ def _loss_ranges(
         ("b", False): [(at["b_start"], at["b_end"])],
     }[response_loss, marker_loss]
     return [(begin - 1, end - 1) for begin, end in tokens]
+
+
+def _better_responses(dataset: PairDataset) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Bradley-Terry: the positions that predict the better response and the end of its text, [(first [n], end [n], weight
+    [n]), ...] for A and for B; the worse one's are none, those of a tie have half the sample's weight each.
+    """
+    facts = dataset.samples
+    shares = (facts["preference"].astype(np.float64), 1.0 - facts["preference"])
+    ranges = []
+    for name, end, share in zip(("a_start", "b_start"), dataset.parts.cumsum(axis=1).T, shares):
+        begin = facts[name].astype(np.int64) - 1
+        ranges.append((begin, np.where(share > 0, end - 1, begin), share * facts["weight"]))
+    return ranges

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from gram_engine.command_line import fail, parse
 from gram_engine.config import Config, DataConfig
+from gram_engine.data.conversation import Conversation
 from gram_engine.data.dataset import FORMAT_VERSION, SAMPLE_DTYPE, PairDataset
 from gram_engine.data.readers import OnReject, read_rows
 from gram_engine.data.samples import (
@@ -30,10 +31,12 @@ from gram_engine.data.samples import (
     OverlongSample,
     Sample,
     check_seq_length,
+    conversations_sample,
     generate_sample,
     judge_sample,
     label_ids,
     layout_of,
+    pair_of,
     preference_of,
 )
 from gram_engine.data.schema import Pair, Verbatim
@@ -63,20 +66,23 @@ def preprocess(
     """Write PREFIX.bin/.idx/.samples.npy/.json (and .rejects.jsonl with cfg.skip_bad_rows); returns the manifest.
 
     Raises:
-        ConfigError: tokenizer, template or seq_length cannot work.
+        ConfigError: tokenizer, template or seq_length cannot work, or both orders are asked for where they are the same.
         DataError: a bad row ("file:line: what; remedy"), or nothing left to train on.
     """
+    if both_orders and objective == "bradley-terry":
+        raise ConfigError("--pair-order both: the Bradley-Terry loss is the same in both orders. Leave it out.")
     tokenizer = Tokenizer.load(cfg.tokenizer_type, _tokenizer_path(cfg))
     template = JudgeTemplate.load(cfg.template or DEFAULT_TEMPLATE)
     labels = label_ids(tokenizer, template) if objective == "pair-preference" else None
-    check_seq_length(tokenizer, template, objective, cfg.seq_length)
+    conversation = Conversation.of(tokenizer) if objective == "bradley-terry" else None
+    check_seq_length(tokenizer, template, conversation, objective, cfg.seq_length)
     rejects = RejectsFile(prefix, enabled=cfg.skip_bad_rows)
     progress = {"disable": not sys.stderr.isatty(), "unit": " rows"}
     checked = checked_rows(paths, cfg, objective, template, rejects)
     num_rows = sum(1 for _ in tqdm(checked, desc="checking", **progress))
     rejects.close()
 
-    task = _Task(tokenizer, template, objective, cfg.seq_length, cfg.overlong, cfg.ties, both_orders, seed)
+    task = _Task(tokenizer, template, conversation, objective, cfg.seq_length, cfg.overlong, cfg.ties, both_orders, seed)
     rows = enumerate(checked_rows(paths, cfg, objective, template, rejects.ignore))
     with DatasetWriter(prefix, tokenizer.vocab_size) as writer:
         bar = tqdm(total=num_rows, desc="tokenising", **progress)
@@ -109,6 +115,7 @@ def preprocess(
                 "eos_id": tokenizer.eos_id,
             },
             "template": {**template.to_dict(), "sha256": template.sha256},
+            "conversation": conversation.to_dict() if conversation else None,
             "sources": [{"path": str(path), "sha256": source_fingerprint(path)} for path in paths],
         }
         writer.finish(manifest)
@@ -181,12 +188,18 @@ def checked_rows(
 
 def _unfit(row: Row, objective: Objective, template: JudgeTemplate) -> Optional[str]:
     labelled = not math.isnan(preference_of(row, template))
-    if objective == "pair-preference" and isinstance(row, Pair) and not labelled:
-        return "no label, which pair-preference needs. Add label (A, B or tie), or train with --objective response-lm."
-    if objective == "pair-preference" and not labelled:
+    needs_label = objective != "response-lm"
+    if needs_label and isinstance(row, Pair) and not labelled:
+        return f"no label, which {objective} needs. Add label (A, B or tie), or train with --objective response-lm."
+    if needs_label and not labelled:
         return (
             f"output is '{row.output[:40]}', not {template.label_a} or {template.label_b}. "
             "Ready-made rows of stage 1 are for --objective response-lm."
+        )
+    if objective == "bradley-terry" and pair_of(row, template) is None:
+        return (
+            f"a ready-made row without the markers of the template {template.name}, between which bradley-terry finds prompt "
+            "and responses. Give them in fields of their own, or name the row's template with --template."
         )
     if objective == "response-lm" and isinstance(row, Verbatim) and labelled:
         return (
@@ -211,6 +224,7 @@ class _Task:
 
     tokenizer: Tokenizer
     template: JudgeTemplate
+    conversation: Optional[Conversation]
     objective: Objective
     seq_length: int
     overlong: str
@@ -224,7 +238,7 @@ class _Task:
         lengths, records, truncated, dropped = [], [], 0, 0
         for number, row in rows:
             preference = preference_of(row, self.template)
-            if preference == 0.5 and self.ties == "drop" and self.objective == "pair-preference":
+            if preference == 0.5 and self.ties == "drop" and self.objective != "response-lm":
                 dropped += 1
                 continue
             try:
@@ -245,6 +259,8 @@ class _Task:
         return Chunk(np.array(tokens, np.int32), lengths, np.array(records, SAMPLE_DTYPE), len(rows), truncated, dropped)
 
     def _orders(self, number: int, row: Row) -> tuple[int, ...]:
+        if self.objective == "bradley-terry":
+            return (0,)
         if isinstance(row, Verbatim):  # used as written; exchanged only where both orders are wanted and possible
             if self.both_orders and layout_of(row, self.template, self.objective, exchanged=False).has_responses:
                 return (0, 1)
@@ -252,6 +268,9 @@ class _Task:
         return (0, 1) if self.both_orders else (int(exchanged_first(self.seed, number)),)
 
     def _sample(self, row: Row, exchanged: bool) -> Sample:
+        if self.objective == "bradley-terry":
+            pair = pair_of(row, self.template)
+            return conversations_sample(self.tokenizer, self.conversation, pair, self.seq_length, self.overlong)
         layout = layout_of(row, self.template, self.objective, exchanged)
         build = judge_sample if self.objective == "pair-preference" else generate_sample
         try:
@@ -315,7 +334,7 @@ class OutputConfig:
     output_prefix: Optional[str] = None
     """Prefix of the files: PREFIX.bin, .idx, .samples.npy, .json (required)."""
     objective: Objective = "pair-preference"
-    """Stage the data is for: response-lm (1) or pair-preference (2)."""
+    """What the data is for: response-lm (stage 1), pair-preference (stage 2) or bradley-terry."""
     seed: int = 1234
     """Seed of the order in which the two responses are shown."""
 

@@ -1,8 +1,10 @@
-"""Text -> tokens: the one builder of training and scoring samples, for both stages.
+"""Text -> tokens: the one builder of training and scoring samples, for both stages and the Bradley-Terry baseline.
 
 Stage 2 (`judge`): the judge prompt as a user's message, tokenised in one go, so that any server that is given the text
 gets the same tokens; its last token is the label row, which predicts the label (the label itself is not stored).
 Stage 1 (`generate`): the user's message, and then, tokenised apart, the target [y_a, y_b] and the end of the text.
+Bradley-Terry (`conversations`): [x, y_a] and [x, y_b], each tokenised in one go, one behind the other in one sample; the
+last token of each is where its reward is read.
 
 Over-long samples lose text inside their slots, never template or label: the longer response first, then both alike; and
 the beginning of the prompt only where the responses would otherwise get less than half of the room.
@@ -14,13 +16,14 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Callable, Literal
 
+from gram_engine.data.conversation import Conversation
 from gram_engine.data.schema import Pair, Verbatim
 from gram_engine.data.template import JudgeTemplate, Layout, Span
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import ConfigError, DataError
 
 Overlong = Literal["truncate", "drop", "error"]
-Objective = Literal["response-lm", "pair-preference"]
+Objective = Literal["response-lm", "pair-preference", "bradley-terry"]
 
 LEAST_SLOT_TOKENS = 8
 """Room that the prompt and each response must have beside the template."""
@@ -32,7 +35,10 @@ class OverlongSample(DataError):
 
 @dataclass
 class Sample:
-    """Tokens of one sequence; ranges are in token positions, -1 where the text does not show them."""
+    """Tokens of one sequence, or of two; ranges are in token positions, -1 where the text does not show them.
+
+    `middle` is where the part of the second response begins: its opening marker in stage 1, its sequence for Bradley-Terry.
+    """
 
     tokens: list[int]
     truncated: bool = False
@@ -102,6 +108,38 @@ def generate_sample(tokenizer: Tokenizer, layout: Layout, max_tokens: int, overl
     return _fitting(tokenizer, layout, build, max_tokens, overlong)
 
 
+def conversation_sample(
+    tokenizer: Tokenizer, conversation: Conversation, prompt: str, response: str, max_tokens: int, overlong: Overlong
+) -> Sample:
+    """Tokens of [x, y], with the range of y as `response_a`; raises as `build_judge`."""
+
+    def build(candidate: Layout) -> Sample:
+        encoding, start = tokenizer.encoding(candidate.text), len(tokenizer.prefix_ids)
+        first, end = (start + _first_token_from(encoding, place) for place in candidate.slots["response"])
+        return Sample(tokenizer.prefix_ids + encoding.ids, response_a=(first, end))
+
+    return _fitting(tokenizer, conversation.layout(prompt, response), build, max_tokens, overlong)
+
+
+def conversations_sample(
+    tokenizer: Tokenizer, conversation: Conversation, pair: Pair, max_tokens: int, overlong: Overlong
+) -> Sample:
+    """Tokens of [x, y_a] and [x, y_b], each of at most `max_tokens`; raises as `build_judge`."""
+    one, other = (
+        conversation_sample(tokenizer, conversation, pair.prompt, response, max_tokens, overlong)
+        for response in (pair.response_a, pair.response_b)
+    )
+    middle = len(one.tokens)
+    first, end = other.response_a
+    return Sample(
+        one.tokens + other.tokens,
+        one.truncated or other.truncated,
+        response_a=one.response_a,
+        middle=middle,
+        response_b=(first + middle, end + middle),
+    )
+
+
 def _first_token_from(encoding, place: int) -> int:
     """Index of the first token that begins at character `place` or later: a token counts where it begins."""
     low, high = 0, len(encoding.ids)
@@ -126,7 +164,7 @@ def _fitting(
         raise OverlongSample(
             f"{len(sample.tokens)} tokens, over --seq-length {max_tokens}. Raise it, or use --overlong truncate or drop."
         )
-    if not layout.has_responses:
+    if layout.slots.keys() <= {"prompt"}:
         raise OverlongSample(
             f"{len(sample.tokens)} tokens, over --seq-length {max_tokens}, and the markers of the template are not found "
             "in the text, so it cannot be shortened. Raise --seq-length, or use --overlong drop."
@@ -146,12 +184,18 @@ def _fitting(
         _check_room(room, len(layout.slots), max_tokens)
 
 
-def check_seq_length(tokenizer: Tokenizer, template: JudgeTemplate, objective: Objective, max_tokens: int) -> None:
-    """Raise ConfigError where `max_tokens` leaves no room beside the template."""
-    layout = layout_of(Pair("", "", "", 0.5), template, objective, exchanged=False)
-    builder = judge_sample if objective == "pair-preference" else generate_sample
-    template_tokens = len(builder(tokenizer, layout, sys.maxsize, "error").tokens)
-    _check_room(max_tokens - template_tokens, len(layout.slots), max_tokens)
+def check_seq_length(
+    tokenizer: Tokenizer, template: JudgeTemplate, conversation: Conversation | None, objective: Objective, max_tokens: int
+) -> None:
+    """Raise ConfigError where `max_tokens` leaves no room beside the template (bradley-terry: the conversation's)."""
+    if objective == "bradley-terry":
+        layout = conversation.layout("", "")
+        empty = conversation_sample(tokenizer, conversation, "", "", sys.maxsize, "error")
+    else:
+        layout = layout_of(Pair("", "", "", 0.5), template, objective, exchanged=False)
+        builder = judge_sample if objective == "pair-preference" else generate_sample
+        empty = builder(tokenizer, layout, sys.maxsize, "error")
+    _check_room(max_tokens - len(empty.tokens), len(layout.slots), max_tokens)
 
 
 def label_ids(tokenizer: Tokenizer, template: JudgeTemplate) -> tuple[int, int]:
@@ -179,7 +223,7 @@ def _shares(counts: dict[str, int], room: int) -> dict[str, int]:
     prompt = counts.get("prompt", 0)
     for_responses = min(sum(wanted.values()), max(room - prompt, room - room // 2))
     shorter = min(wanted.values())
-    cap = max(for_responses - shorter, for_responses // 2)
+    cap = max(for_responses - shorter, for_responses // len(wanted))
     return {**{name: min(count, cap) for name, count in wanted.items()}, "prompt": min(prompt, room - for_responses)}
 
 
@@ -214,6 +258,17 @@ def layout_of(row: Pair | Verbatim, template: JudgeTemplate, objective: Objectiv
         user = template.find_generate(row.instruction) or Layout(row.instruction, {})
         layout = user.followed_by(template.find_responses(row.output) or Layout(row.output, {}))
     return _exchange(layout) if exchanged else layout
+
+
+def pair_of(row: Pair | Verbatim, template: JudgeTemplate) -> Pair | None:
+    """The row as a pair; of a ready-made row what stands between the template's markers, None where they are not there."""
+    if isinstance(row, Pair):
+        return row
+    layout = template.find_judge(row.instruction)
+    if layout is None:
+        return None
+    texts = (layout.text[slice(*layout.slots[name])] for name in ("prompt", "response_a", "response_b"))
+    return Pair(*texts, preference_of(row, template), row.weight, place=row.place)
 
 
 def _exchange(layout: Layout) -> Layout:

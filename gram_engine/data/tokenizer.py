@@ -186,14 +186,19 @@ def _pin_date(template: str) -> str:
     return _PIN + template if asks and not template.startswith(_PIN) else template
 
 
-def _render(hf, text: str) -> str:
+def render_chat(hf, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    """Text of messages {role, content} in the chat template, with the pinned date and without a place to think."""
     return hf.apply_chat_template(
-        [{"role": "user", "content": text}],
+        messages,
         tokenize=False,
-        add_generation_prompt=True,
+        add_generation_prompt=add_generation_prompt,
         enable_thinking=False,
         date_string=PINNED_DATE,
     )
+
+
+def _render(hf, text: str) -> str:
+    return render_chat(hf, [{"role": "user", "content": text}], add_generation_prompt=True)
 
 
 def _chat_wrapping(hf, path: str) -> tuple[str, str, bool]:

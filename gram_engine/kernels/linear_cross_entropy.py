@@ -47,6 +47,7 @@ def linear_cross_entropy(
         group: tensor-parallel group, or None for a whole weight.
         main_grad: where the gradient of `weight` is added, in the forward pass, instead of going through autograd: fp32
             [as weight].  The loss must then be differentiated with gradient 1 (a plain sum), or backward raises.
+            Neither with it nor through autograd is a gradient made for a weight that requires none and has no main_grad.
 
     Returns:
         Scalar fp32 (float64 for float64).  The gradient of `hidden` holds this process's part only: the caller sums it
@@ -61,6 +62,7 @@ def linear_cross_entropy(
         group=group if group is not None and dist.get_world_size(group) > 1 else None,
         main_grad=main_grad,
         with_gradients=torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad),
+        with_weight_gradient=main_grad is not None or weight.requires_grad,
     )
     return _LinearCrossEntropy.apply(hidden, weight if main_grad is None else weight.detach(), task)
 
@@ -81,6 +83,7 @@ class _Task:
     group: dist.ProcessGroup | None
     main_grad: Tensor | None
     with_gradients: bool
+    with_weight_gradient: bool
 
 
 @dataclass
@@ -116,7 +119,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.unit_gradient:
             torch._assert_async(grad_loss == 1, "linear_cross_entropy with main_grad needs the gradient of a plain sum")
             return grad_hidden, None, None
-        return grad_hidden * grad_loss.to(grad_hidden.dtype), (grad_weight * grad_loss).to(ctx.weight_dtype), None
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight, None
 
 
 class _State:
@@ -130,7 +135,7 @@ class _State:
         if task.with_gradients:
             self.grad_hidden = torch.empty_like(hidden)
             self.grad_weight = task.main_grad
-            if self.grad_weight is None:
+            if self.grad_weight is None and task.with_weight_gradient:
                 self.grad_weight = torch.zeros_like(weight, dtype=self.dtype)
         processes = 1 if task.group is None else dist.get_world_size(task.group)
         first = 0 if task.group is None else dist.get_rank(task.group) * len(weight)
@@ -174,7 +179,8 @@ class _State:
         if row_weight is not None:
             grad *= row_weight[:, None].to(grad.dtype)
         torch.mm(grad, self.weight, out=self.grad_hidden[rows])
-        _add_product(self.grad_weight, grad, self.hidden[rows])
+        if task.with_weight_gradient:
+            _add_product(self.grad_weight, grad, self.hidden[rows])
 
 
 def _add_product(total: Tensor, grad: Tensor, rows: Tensor) -> None:

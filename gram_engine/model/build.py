@@ -143,6 +143,8 @@ def build_model(config: Config, platform: Platform) -> list[RewardModel]:
                 post_process=is_last,
                 share_embeddings_and_output_weights=tied,
                 borrows_label_rows=tied and borrows,
+                vocabulary_head=config.has_vocabulary_head,
+                scalar_head=config.has_scalar_head,
                 position_embedding_type="rope",
                 rotary_base=config.model.rotary_base,
                 rope_scaling=config.model.rope_scaling_factor is not None,

@@ -10,6 +10,8 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 from torch.nn import Module
 
+from gram_engine.model.scalar_head import ScalarHead
+
 OutputProcessor = Callable[..., Any]
 
 
@@ -27,6 +29,8 @@ class RewardModel(GPTModel):
     megatron-core 0.18 has this hook as arguments of GPTModel.forward with the same names.  Checkpoint keys are GPTModel's.
 
     Args:
+        vocabulary_head: whether the objective needs the output layer; without it the model has none, and passes None.
+        scalar_head: whether the last stage has a head of one number, `score` (model/scalar_head.py).
         borrows_label_rows: tied embeddings on a pipeline, of which the objective needs the label tokens' rows only: it gets
             them from the first stage (objectives/label_head.py), and the last stage keeps no copy of the embedding.
     """
@@ -34,12 +38,23 @@ class RewardModel(GPTModel):
     _output_processor: Optional[OutputProcessor] = None
     _output_processor_context: Any = None
 
-    def __init__(self, *args, share_embeddings_and_output_weights: bool, borrows_label_rows: bool = False, **kwargs):
-        share = share_embeddings_and_output_weights and not borrows_label_rows
+    def __init__(
+        self,
+        *args,
+        share_embeddings_and_output_weights: bool,
+        borrows_label_rows: bool = False,
+        vocabulary_head: bool = True,
+        scalar_head: bool = False,
+        **kwargs,
+    ):
+        self.owns_output_weight = vocabulary_head and not borrows_label_rows
+        share = share_embeddings_and_output_weights and self.owns_output_weight
         super().__init__(*args, share_embeddings_and_output_weights=share, **kwargs)
         self.borrows_label_rows = borrows_label_rows
-        if borrows_label_rows and self.post_process:
+        if self.post_process and not self.owns_output_weight:
             self.output_layer.weight = None
+        if self.post_process and scalar_head:
+            self.score = ScalarHead(self.config.hidden_size, self.config.params_dtype)
 
     def forward(
         self,
@@ -62,8 +77,8 @@ class RewardModel(GPTModel):
         return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Optional[dict] = None):
-        """GPTModel's; the borrowed rows belong to the first stage's embedding."""
-        if self.borrows_label_rows and self.post_process:
+        """GPTModel's; borrowed rows belong to the first stage's embedding."""
+        if self.post_process and not self.owns_output_weight:
             metadata = ensure_metadata_has_dp_cp_group(metadata)
             state = super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, metadata)
             state.pop(f"{prefix}output_layer._extra_state", None)

@@ -26,11 +26,11 @@ class ObjectiveOutput:
     loss_sum: Tensor
     """Scalar fp32, part of the graph even when the pack holds no label."""
     count: Tensor
-    """Scalar int32: labels (stage 2) or predicted tokens (stage 1)."""
+    """Scalar int32: labels (stage 2), predicted tokens (stage 1) or pairs (bradley-terry)."""
     stats: Tensor
     """[len(stat_names)] detached fp32 sums; they add up over micro-batches and processes."""
     margins: Tensor | None = None
-    """[samples] detached fp32: Z_A - Z_B of each sample of the pack, for objectives that rank."""
+    """[samples] detached fp32: Z_A - Z_B (or r_a - r_b) of each sample of the pack, for objectives that rank."""
 
 
 class Objective:
@@ -39,6 +39,8 @@ class Objective:
     stat_names: tuple[str, ...]
     parts_over_tp = False
     """Whether tensor-parallel processes hold parts of loss, stats and margins (else each holds the whole)."""
+    depends_on_order = False
+    """Whether a verdict may change with the order of the responses, so that evaluation needs both."""
 
     def __call__(self, hidden_states: Tensor, output_weight: Tensor | None, context: PackedBatch) -> ObjectiveOutput:
         raise NotImplementedError
@@ -70,15 +72,16 @@ class LanguageModelObjective(Objective):
 
 
 class PreferenceObjective(Objective):
-    """Statistics of stage 2."""
+    """Statistics of stage 2, and of other losses of margins at label rows."""
 
     stat_names = ("loss_sum", "labels", "decided", "correct", "margin_sum", "prefers_a")
+    depends_on_order = True
 
     def output(
         self, loss_sum: Tensor, margins: Tensor, context: PackedBatch, here: Tensor | None = None
     ) -> ObjectiveOutput:
         """The micro-batch's result; `here` [samples] tells the samples whose rows this process holds (None: all)."""
-        count = torch.tensor(len(context.rows), dtype=torch.int32, device=loss_sum.device)
+        count = torch.tensor(len(context.sample_ids), dtype=torch.int32, device=loss_sum.device)
         sign = 2 * context.preference - 1
         if here is None:
             here = torch.ones_like(sign, dtype=torch.bool)

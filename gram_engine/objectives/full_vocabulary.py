@@ -10,6 +10,7 @@ from torch import Tensor
 from gram_engine.data.loader import PackedBatch
 from gram_engine.kernels import linear_cross_entropy
 from gram_engine.objectives.base import ObjectiveOutput, PreferenceObjective, gather_rows, local_label_rows
+from gram_engine.objectives.direct_gradients import main_grad_of
 from gram_engine.objectives.response_lm import output_gradients
 
 
@@ -62,7 +63,7 @@ class FullVocabularyPreference(PreferenceObjective):
             label_smoothing=self.label_smoothing,
             row_weight=weights,
             group=self.tp_group,
-            main_grad=output_weight.main_grad,
+            main_grad=main_grad_of(output_weight),
         )
         self.direct.announce_in_backward_of(loss_sum)
         return self.output(loss_sum, self._margins(rows.detach(), output_weight.detach()), context)

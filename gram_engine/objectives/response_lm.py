@@ -10,7 +10,7 @@ from gram_engine.data.loader import PackedBatch
 from gram_engine.kernels import linear_cross_entropy
 from gram_engine.model.reward_model import unwrap
 from gram_engine.objectives.base import LanguageModelObjective, ObjectiveOutput
-from gram_engine.objectives.direct_gradients import DirectGradients
+from gram_engine.objectives.direct_gradients import DirectGradients, main_grad_of
 
 
 class ResponseLM(LanguageModelObjective):
@@ -28,22 +28,34 @@ class ResponseLM(LanguageModelObjective):
         self.direct = output_gradients(model)
 
     def __call__(self, hidden_states: Tensor, output_weight: Tensor, context: PackedBatch) -> ObjectiveOutput:
+        loss_sum = self.cross_entropy(hidden_states, output_weight, context.rows, context.targets)
+        self.direct.announce_in_backward_of(loss_sum)
+        return self.output(loss_sum, context)
+
+    def cross_entropy(
+        self,
+        hidden_states: Tensor,
+        output_weight: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        row_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Sum over rows of row_weight (None: ones) times the cross entropy of their target, a scalar in fp32."""
         # Each vocabulary shard yields its part of the rows' gradient; both regions add the parts in the backward pass.
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
-        loss_sum = linear_cross_entropy(
-            hidden.squeeze(1)[context.rows],
+        return linear_cross_entropy(
+            hidden.squeeze(1)[rows],
             output_weight,
-            context.targets,
+            targets,
             self.vocab_size,
             chunk_size=self.chunk_size,
+            row_weight=row_weight,
             group=self.tp_group,
-            main_grad=output_weight.main_grad,
+            main_grad=main_grad_of(output_weight),
         )
-        self.direct.announce_in_backward_of(loss_sum)
-        return self.output(loss_sum, context)
 
 
 def output_gradients(model: list) -> DirectGradients:

@@ -17,12 +17,10 @@ from torch import Tensor
 
 from gram_engine.config import ModelConfig
 from gram_engine.convert.hf_folder import HuggingFaceFolder
-from gram_engine.convert.mapping import EMBEDDING, LAYER, OUTPUT, rules
+from gram_engine.convert.mapping import EMBEDDING, LAYER, OUTPUT, SCORE, rules
 from gram_engine.errors import CheckpointError, ConfigError
 from gram_engine.model.presets import ROPE_SCALING, shape_from_hf
 from gram_engine.scoring.token_tree import TokenTree
-
-SCORE = "score.weight"
 
 
 class Batch(NamedTuple):
@@ -47,11 +45,11 @@ class Batch(NamedTuple):
 class JudgeModel:
     """The weights, fused as the engine fuses them; `margins` runs them."""
 
-    def __init__(self, folder: str | Path, label_ids: tuple[int, int], dtype: str = "auto", device: str = "cpu"):
+    def __init__(self, folder: str | Path, label_ids: tuple[int, int] | None, dtype: str = "auto", device: str = "cpu"):
         """Read a folder.
 
         Args:
-            label_ids: tokens of the labels A and B; not used for a folder with a pair-logit head.
+            label_ids: tokens of the labels A and B; not used for a folder with a head of one logit.
             dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
 
         Raises:
@@ -60,8 +58,8 @@ class JudgeModel:
         """
         self.config = ModelConfig(**shape_from_hf(folder))
         source = HuggingFaceFolder(folder)
-        has_score = SCORE in source.files
-        stored = source.check(self.config, other_head=SCORE if has_score else None)
+        has_score = SCORE.engine in source.files
+        stored = source.check(self.config, other_head=SCORE.engine if has_score else None)
         self.dtype = stored if dtype == "auto" else getattr(torch, dtype)
         self.device = torch.device(device)
         if not has_score and max(label_ids) >= self.config.vocab_size:
@@ -74,7 +72,7 @@ class JudgeModel:
                 where = f"{folder}: {rule.engine}{'' if layer is None else f' of layer {layer}'}"
                 self.weights[rule.engine, layer] = _finite(joined, where).to(self.device, self.dtype)
         if has_score:
-            direction = source.read(SCORE)[0].float()
+            direction = source.read(SCORE.engine)[0].float()
         else:
             name = (OUTPUT if self.config.untie_embeddings_and_output_weights else EMBEDDING).hf[0]
             row_a, row_b = (source.read(name, (token, token + 1))[0].to(self.dtype).float() for token in label_ids)
@@ -85,7 +83,7 @@ class JudgeModel:
 
     @torch.inference_mode()
     def margins(self, tree: TokenTree) -> Tensor:
-        """Z_A - Z_B at the end of each text of the tree: [texts] fp32."""
+        """Z_A - Z_B, or a scalar head's reward, at the end of each text of the tree: [texts] fp32."""
         batch = self._batch(tree)
         angles = batch.positions[:, None].float() * self.inverse_frequencies
         turn = angles.cos().to(self.dtype)[:, None], angles.sin().to(self.dtype)[:, None]

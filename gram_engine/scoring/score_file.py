@@ -155,7 +155,7 @@ def _rank_lines(
     for number, row in enumerate(lists, first):
         if method == "reference":
             ranking = scorer.rank(row.prompt, row.responses, row.reference, seed + number)
-            best = Best(ranking.order[0], len(row.responses) - 1)
+            best = Best(ranking.order[0], ranking.comparisons)
             found = {"rewards": ranking.rewards, "order": ranking.order, "reference": ranking.reference}
         else:
             best, found = scorer.best_of_n(row.prompt, row.responses, method), {}

@@ -1,4 +1,4 @@
-"""Rewards from an exported folder: Eq. 3 over both orders, for pairs, lists and best-of-n."""
+"""Rewards from an exported folder, for pairs, lists and best-of-n: Eq. 3 over both orders, or a scalar head's (Eq. 1)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from gram_engine.convert.companions import GRAM_CONFIG, GramConfig, read_gram_config
-from gram_engine.data.samples import Sample, judge_sample, label_ids
+from gram_engine.data.samples import Sample, conversation_sample, judge_sample, label_ids
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import ConfigError
 from gram_engine.scoring.judge_model import JudgeModel
-from gram_engine.scoring.metrics import reward_of_first
+from gram_engine.scoring.metrics import reward_of_first, sigmoid
 from gram_engine.scoring.token_tree import TokenTree
 
 Comparison = tuple[str, str, str]
@@ -45,12 +45,26 @@ class PairScore:
 
 
 @dataclass(frozen=True)
+class ScalarPairScore(PairScore):
+    """A pair by a scalar head: the margins are differences of rewards, reward_a is the margin's sigmoid (Eq. 1)."""
+
+    rewards: tuple[float, float]
+    """Of a and of b, each on its own; any real numbers."""
+
+
+@dataclass(frozen=True)
 class Ranking:
-    """Responses to one prompt, judged against one of them (section 4.4)."""
+    """Responses to one prompt, judged against one of them (section 4.4) or, by a scalar head, each on its own."""
 
     rewards: tuple[float, ...]
-    """Eq. 3 against the reference; the reference's own is 1/2."""
-    reference: int
+    """Eq. 3 against the reference, whose own is 1/2; a scalar head's are any real numbers."""
+    reference: Optional[int]
+    """None for a scalar head."""
+
+    @property
+    def comparisons(self) -> int:
+        """How many comparisons (both orders each) it took."""
+        return 0 if self.reference is None else len(self.rewards) - 1
 
     @property
     def order(self) -> list[int]:
@@ -71,14 +85,14 @@ class RewardModelScorer:
 
     def __init__(self, model: JudgeModel, tokenizer: Tokenizer, gram: GramConfig, batch_tokens: Optional[int] = None):
         self.model, self.tokenizer = model, tokenizer
-        self.template, self.max_tokens = gram.template, gram.seq_length
+        self.gram, self.max_tokens = gram, gram.seq_length
         self.batch_tokens = batch_tokens or BATCH_TOKENS[model.device.type]
 
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, dtype: Dtype = "auto", device: Optional[str] = None, batch_tokens: Optional[int] = None
     ) -> RewardModelScorer:
-        """Load an exported folder; on a GPU where there is one.
+        """Load an exported folder, one of a scalar head as a ScalarScorer; on a GPU where there is one.
 
         Args:
             dtype: of the weights, as torch names it; "auto": as stored.
@@ -91,6 +105,8 @@ class RewardModelScorer:
         gram = read_gram_config(folder)
         tokenizer = Tokenizer.load("HuggingFaceTokenizer", folder)
         model = JudgeModel(folder, gram.label_ids, dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if gram.conversation is not None:
+            return ScalarScorer(model, tokenizer, gram, batch_tokens)
         if label_ids(tokenizer, gram.template) != gram.label_ids:
             raise ConfigError(
                 f"{folder}: {GRAM_CONFIG} has the label tokens {list(gram.label_ids)}, the tokenizer gives "
@@ -149,7 +165,8 @@ class RewardModelScorer:
         """
         _refuse_empty_list(responses)
         if method == "reference":
-            return Best(self.rank(prompt, responses, seed=seed).order[0], len(responses) - 1)
+            ranking = self.rank(prompt, responses, seed=seed)
+            return Best(ranking.order[0], ranking.comparisons)
         standing = list(range(len(responses)))
         while len(standing) > 1:
             met = standing[:2] if method == "linear" else standing[: len(standing) // 2 * 2]
@@ -159,8 +176,8 @@ class RewardModelScorer:
             standing = winners + standing[len(met) :]
         return Best(standing[0], len(responses) - 1)
 
-    def _judge(self, groups: Iterable[Sequence[Comparison]]) -> Iterator[tuple[np.ndarray, list[bool]]]:
-        """(margins, truncated) of each group of comparisons, in order; a group shares what its texts begin with alike."""
+    def _judge(self, groups: Iterable[Sequence[tuple[str, ...]]]) -> Iterator[tuple[np.ndarray, list[bool]]]:
+        """(margins, truncated) of each group of texts, in order; a group shares what its texts begin with alike."""
         waiting: deque[list[Sample]] = deque()
         tree, margins = TokenTree(), np.empty(0)
         for group in groups:
@@ -179,10 +196,45 @@ class RewardModelScorer:
             margins = margins[len(samples) :]
 
     def _sample(self, comparison: Comparison) -> Sample:
-        return judge_sample(self.tokenizer, self.template.judge_layout(*comparison), self.max_tokens, "truncate")
+        return judge_sample(self.tokenizer, self.gram.template.judge_layout(*comparison), self.max_tokens, "truncate")
 
     def _run(self, tree: TokenTree) -> np.ndarray:
         return self.model.margins(tree).double().cpu().numpy()
+
+
+class ScalarScorer(RewardModelScorer):
+    """A reward model with a scalar head: each response has a reward of its own, pairs go by the difference (Eq. 1)."""
+
+    def _sample(self, text: tuple[str, str]) -> Sample:
+        return conversation_sample(self.tokenizer, self.gram.conversation, *text, self.max_tokens, "truncate")
+
+    def reward(self, prompt: str, response: str) -> float:
+        """Reward of a response: any real number, comparable within one prompt."""
+        return self.rank(prompt, [response]).rewards[0]
+
+    def score_pairs(self, pairs: Iterable[Comparison]) -> Iterator[ScalarPairScore]:
+        """Both responses of each (prompt, response_a, response_b); `margins` and `truncated` as of the base class."""
+        for rewards, truncated in self._judge([(prompt, a), (prompt, b)] for prompt, a, b in pairs):
+            margin = float(rewards[0] - rewards[1])
+            yield ScalarPairScore(float(sigmoid(margin)), margin, -margin, any(truncated), tuple(rewards.tolist()))
+
+    def margins(self, comparisons: Iterable[Comparison]) -> np.ndarray:
+        """Difference of the two responses' rewards: [comparisons] float64."""
+        return np.array([score.margin for score in self.score_pairs(comparisons)])
+
+    def rank(self, prompt: str, responses: Sequence[str], reference: Optional[int] = None, seed: int = 0) -> Ranking:
+        """Rewards of all responses; they need no reference, so `reference` and `seed` change nothing.
+
+        Raises:
+            ConfigError: the list is empty.
+        """
+        _refuse_empty_list(responses)
+        rewards, _ = next(self._judge([[(prompt, response) for response in responses]]))
+        return Ranking(tuple(rewards.tolist()), None)
+
+    def best_of_n(self, prompt: str, responses: Sequence[str], method: Method = "reference", seed: int = 0) -> Best:
+        """The response of the highest reward, whatever the method: no comparisons. Raises as `rank`."""
+        return Best(self.rank(prompt, responses).order[0], 0)
 
 
 def _pieces(samples: list[Sample], most: int) -> Iterator[list[Sample]]:

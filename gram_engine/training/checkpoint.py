@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from gram_engine.config import Config, is_main_process
 from gram_engine.errors import CheckpointError
 from gram_engine.model.reward_model import unwrap
+from gram_engine.model.scalar_head import SCALAR_HEAD
 from gram_engine.training.checkpoint_folder import (
     RUN_CONFIG,
     TRACKER,
@@ -129,8 +130,14 @@ def load_checkpoint(folder: str | Path, model: list, optimizer, scheduler, confi
         CheckpointError: there is none, it is of another shape, or it cannot be read.
     """
     path = _checked_path(folder, config)
+    before, now = run_config_of(path).training.freeze, config.training.freeze
     if not config.checkpoint.load_optim:
         optimizer = None
+    elif before != now:
+        raise CheckpointError(
+            f"{path}: saved with --freeze {before}, this run has {now}, so the optimizer's state is of other weights. Resume "
+            "with the same setting, or with --no-load-optim."
+        )
     state = _read(path, _sharded_state(model, optimizer, scheduler, TrainState(), loading=True))
     _load_model(model, state)
     if optimizer is not None:
@@ -141,13 +148,13 @@ def load_checkpoint(folder: str | Path, model: list, optimizer, scheduler, confi
 
 
 def load_weights(folder: str | Path, model: list, config: Config) -> None:
-    """Restore the weights alone, as a starting point for another run.
+    """Restore the weights alone, as a starting point for another run; a language model's lack a scalar head.
 
     Raises:
         CheckpointError: as for `load_checkpoint`.
     """
     path = _checked_path(folder, config)
-    _load_model(model, _read(path, _sharded_model(model)))
+    _load_model(model, _read(path, _sharded_model(model), may_lack=SCALAR_HEAD))
 
 
 def _checked_path(folder: str | Path, config: Config) -> Path:
@@ -171,7 +178,7 @@ def _checked_path(folder: str | Path, config: Config) -> Path:
     return path
 
 
-def _read(path: Path, sharded_state: dict) -> dict:
+def _read(path: Path, sharded_state: dict, may_lack: str = EXTRA_STATE) -> dict:
     """What the checkpoint holds of `sharded_state`; Transformer Engine's own state is not in one of local layers."""
     try:
         state, _, missing = dist_checkpointing.load(
@@ -182,7 +189,7 @@ def _read(path: Path, sharded_state: dict) -> dict:
         )
     except (CheckpointingException, OSError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{path}: cannot be loaded: {error}") from error
-    lacking = sorted(key for key in missing if not key.endswith(EXTRA_STATE))
+    lacking = sorted(key for key in missing if not key.endswith((EXTRA_STATE, may_lack)))
     if lacking:
         raise CheckpointError(f"{path}: cannot be loaded: it holds no {', '.join(lacking[:5])}{' ...' * (len(lacking) > 5)}.")
     return state
@@ -209,5 +216,6 @@ def _sharded_state(model: list, optimizer, scheduler, state: TrainState, loading
 def _load_model(model: list, state: dict) -> None:
     for index, chunk in enumerate(model):
         found = unwrap(chunk).load_state_dict(state[_model_key(model, index)], strict=False)
-        wrong = [key for key in (*found.missing_keys, *found.unexpected_keys) if not key.endswith(EXTRA_STATE)]
+        may_differ = (EXTRA_STATE, SCALAR_HEAD)
+        wrong = [key for key in (*found.missing_keys, *found.unexpected_keys) if not key.endswith(may_differ)]
         assert not wrong, f"a checkpoint that was read whole does not fit the model: {wrong}"

@@ -17,8 +17,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics over every sample of the validation data, equal on every process.
 
-    The data holds each pair in both orders, so `accuracy` is that of the reward (Eq. 3) and `swap_consistency` is the
-    share of pairs with the same verdict in both orders.
+    Where verdicts depend on the order the data holds each pair in both, so `accuracy` is that of the reward (Eq. 3) and
+    `swap_consistency` is the share of pairs with the same verdict in both orders.
     """
     for chunk in model:
         chunk.eval()
@@ -34,7 +34,7 @@ def evaluate(
     for chunk in model:
         chunk.train()
     metrics = objective.metrics(totals)
-    if "correct" in objective.stat_names:
+    if objective.depends_on_order:
         samples = dataset.samples
         margins = sum_over_processes(margins, objective).cpu().numpy()
         metrics.update(pair_metrics(samples["pair"], samples["order"], margins, samples["preference"]))

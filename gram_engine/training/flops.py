@@ -3,7 +3,8 @@
 Per token and layer: 2 FLOPs per weight of the matrices.  Attention scores and values: causal, so half of the squared
 length of each SAMPLE (not of the pack).  The pruned last layer (model/label_rows.py): keys and values of every token, all
 else for label rows.  Output layer: only for rows that run it (all response tokens in stage 1; in stage 2 one position per
-sample, two rows of the vocabulary or all).  Backward = twice forward; recomputation is not counted.
+sample, two rows of the vocabulary or all; for bradley-terry two positions and one row, or the better response's tokens).
+Backward = twice forward (none through a frozen backbone); recomputation is not counted.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ def step_flops(config: Config, batch: GlobalBatch) -> float:
     """Forward + backward FLOPs of one global batch over all processes."""
     tokens, rows, squares = batch.num_tokens, batch.num_rows, batch.squared_lengths
     layers = (config.model.num_layers - 1) * layer_flops(config, tokens, squares)
-    return 3.0 * (layers + last_layer_flops(config, tokens, rows, squares) + head_flops(config, rows))
+    passes = 1.0 if config.training.freeze == "backbone" else 3.0
+    return passes * (layers + last_layer_flops(config, tokens, rows, squares) + head_flops(config, rows))
 
 
 def layer_flops(config: Config, tokens: float, squared_lengths: float) -> float:
@@ -38,8 +40,9 @@ def last_layer_flops(config: Config, tokens: float, rows: float, squared_lengths
 def head_flops(config: Config, rows: float) -> float:
     """Forward FLOPs of the output layer."""
     training = config.training
-    whole = training.objective == "response-lm" or training.label_softmax == "full-vocabulary"
-    return 2.0 * config.model.hidden_size * (config.model.vocab_size if whole else 2) * rows
+    two_token = training.objective == "pair-preference" and training.label_softmax == "two-token"
+    width = 2 if two_token else config.model.vocab_size if config.has_vocabulary_head else 1
+    return 2.0 * config.model.hidden_size * width * rows
 
 
 def _widths(config: Config) -> tuple[int, int, int]:

@@ -86,7 +86,7 @@ def _prepare_on_main(config: Config) -> PreparedData:
     train = data.data_path or ensure_preprocessed(data.data, config, objective, data.pair_order == "both")
     valid = data.valid_data_path
     if data.valid_data:
-        valid = ensure_preprocessed(data.valid_data, config, objective, True)
+        valid = ensure_preprocessed(data.valid_data, config, objective, not config.has_scalar_head)
     # What ensure_preprocessed found or made is whole; data that somebody else made is read once, here, to know that.
     not_ours = (data.data_path, data.valid_data_path)
     opened = {prefix: PairDataset(prefix, whole=prefix in not_ours) for prefix in (train, valid) if prefix}
@@ -111,7 +111,7 @@ def _check_manifest(prefix: str, dataset: PairDataset, config: Config, tokenizer
     labels = list(label_ids(tokenizer, stored)) if objective == "pair-preference" else None
     if manifest["label_ids"] != labels:
         raise ConfigError(f"{prefix}: made for the label tokens {manifest['label_ids']}, this run's are {labels}. {again}")
-    longest = int(dataset.lengths.max(initial=0))
+    longest = int(dataset.parts.max(initial=0))
     if longest > seq_length:
         raise ConfigError(
             f"{prefix}: its longest sample has {longest} tokens, more than --seq-length {seq_length}. "

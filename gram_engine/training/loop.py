@@ -20,6 +20,7 @@ from gram_engine.training import checkpoint as checkpoints
 from gram_engine.training.checkpoint import CheckpointSaver, TrainState
 from gram_engine.training.evaluate import evaluate
 from gram_engine.training.flops import step_flops
+from gram_engine.training.freeze import freeze
 from gram_engine.training.initialise import PreparedData
 from gram_engine.training.numerics import NumericsGuard
 from gram_engine.training.optimizer import build_optimizer, build_scheduler, connect_schedule, step_if, wrap_ddp
@@ -160,6 +161,7 @@ class Trainer:
             microbatch_multiple=parallel.pipeline_model_parallel_size if virtual else 1,
             response_loss=config.training.response_loss,
             marker_loss=config.training.marker_loss,
+            sft=config.training.sft_loss_weight > 0,
         )
 
     def _train_samples(self) -> int:
@@ -174,9 +176,10 @@ class Trainer:
         config = self.config
         chunks = build_model(config, self.platform)
         if config.model.load_hf:
-            load_hf_weights(chunks, config.model.load_hf, config.model)
+            load_hf_weights(chunks, config.model.load_hf, config)
         elif config.checkpoint.pretrained_checkpoint:
             checkpoints.load_weights(config.checkpoint.pretrained_checkpoint, chunks, config)
+        freeze(chunks, config)
         return wrap_ddp(chunks, config)
 
     def _resume(self) -> TrainState:

@@ -17,7 +17,7 @@ class Work(NamedTuple):
 
     tokens: float
     rows: float
-    """Positions that predict: response tokens (stage 1) or samples (stage 2)."""
+    """Positions that meet the output layer: response tokens (stage 1), samples (stage 2), ends of texts (bradley-terry)."""
     squared_lengths: float
 
 

@@ -1,0 +1,111 @@
+"""How a prompt and one response become a text whose reward a scalar head gives: as the tokenizer's chat template writes them.
+
+Without a chat template: prompt, empty line, response, end-of-text token.  The texts around both travel with data set,
+checkpoint and export, so that scoring writes what training read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from gram_engine.data.template import Layout
+from gram_engine.data.tokenizer import Tokenizer, render_chat
+from gram_engine.errors import ConfigError
+
+_SAMPLES = ("plain", " two\n\nlines \n", "{{ braces }} {% x %}", "[INST] \u00fc \U0001f600 [/INST]")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The texts before the prompt, between prompt and response, and after the response.
+
+    `strips_prompt` and `strips_response` tell that white space around them is taken off, as the chat template does.
+    """
+
+    before: str
+    between: str
+    after: str
+    strips_prompt: bool = False
+    strips_response: bool = False
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Conversation:
+        """What the tokenizer's chat template writes, checked on samples.
+
+        Raises:
+            ConfigError: the chat template changes a message or cannot write an answer, or no token is left for padding.
+        """
+        if tokenizer.hf.chat_template is None:
+            found = cls("", "\n\n", tokenizer.token(tokenizer.eos_id))
+        else:
+            found = cls._of_chat_template(tokenizer)
+        found.pad_id(tokenizer)
+        return found
+
+    @classmethod
+    def _of_chat_template(cls, tokenizer: Tokenizer) -> Conversation:
+        prompt, response = "GRAM?prompt", "GRAM?response"
+        text = _render(tokenizer, f" {prompt} ", f" {response} ")
+        before, _, rest = text.partition(prompt)
+        between, _, after = rest.partition(response)
+        strips_prompt = not (before.endswith(" ") and between.startswith(" "))
+        strips_response = not (between.endswith(" ") and after.startswith(" "))
+        if not strips_prompt:
+            before, between = before[:-1], between[1:]
+        if not strips_response:
+            between, after = between[:-1], after[1:]
+        found = cls(before, between, after, strips_prompt, strips_response)
+        for sample in _SAMPLES:
+            if _render(tokenizer, sample, sample) != found.layout(sample, sample).text:
+                raise ConfigError(
+                    f"{tokenizer.path}: the chat template changes the text of a message, so a response cannot be found in "
+                    "what it writes. Remove chat_template from the tokenizer folder, or simplify it."
+                )
+        return found
+
+    def layout(self, prompt: str, response: str) -> Layout:
+        """The text, and where prompt and response stand in it."""
+        prompt = prompt.strip() if self.strips_prompt else prompt
+        response = response.strip() if self.strips_response else response
+        start = len(self.before)
+        end = start + len(prompt)
+        first = end + len(self.between)
+        text = self.before + prompt + self.between + response + self.after
+        return Layout(text, {"prompt": (start, end), "response": (first, first + len(response))})
+
+    def pad_id(self, tokenizer: Tokenizer) -> int:
+        """A token to pad with that no text ends in: transformers reads the reward at the last token that is no padding.
+
+        Raises:
+            ConfigError: the tokenizer has none.
+        """
+        last = tokenizer.encode(self.after)[-1:]
+        for token in (tokenizer.hf.pad_token_id, tokenizer.hf.unk_token_id, tokenizer.bos_id):
+            if token is not None and [token] != last:
+                return token
+        raise ConfigError(
+            f"{tokenizer.path}: no token is left to pad with, as texts end in the padding token. Set pad_token in "
+            "tokenizer_config.json to another token than the one that ends a text."
+        )
+
+    def to_dict(self) -> dict:
+        """Fields by name."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Any, place: str) -> Conversation:
+        """What `to_dict` describes; `place` names its source in messages.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        kinds = {item.name: bool if item.name.startswith("strips") else str for item in fields(cls)}
+        if not isinstance(content, dict) or {name: type(value) for name, value in content.items()} != kinds:
+            raise ConfigError(f"{place}: 'conversation' must hold {', '.join(kinds)}, as it was written.")
+        return cls(**content)
+
+
+def _render(tokenizer: Tokenizer, prompt: str, response: str) -> str:
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    return render_chat(tokenizer.hf, messages, add_generation_prompt=False)
