@@ -10,11 +10,14 @@ from gram_engine.config import ModelConfig
 from gram_engine.convert.hf_folder import HuggingFaceFolder
 from gram_engine.convert.mapping import rules
 from gram_engine.model.build import sharded_tensors
+from gram_engine.model.lora import is_adapter
 
 
 @torch.no_grad()
 def load_hf_weights(chunks: list, folder: str | Path, model: ModelConfig) -> None:
     """Fill this process's parameters from `folder`, converted to their dtype; vocabulary padding becomes zero.
+
+    Adapters keep their values.
 
     Raises:
         CheckpointError: a tensor is missing, of another shape than config.json says, or has no place in the engine.
@@ -24,6 +27,8 @@ def load_hf_weights(chunks: list, folder: str | Path, model: ModelConfig) -> Non
     rule_of = {(rule.engine, layer): rule for rule, layer in rules(model)}
     for chunk in chunks:
         for tensor in sharded_tensors(chunk):
+            if is_adapter(tensor.key):
+                continue
             stacked = tensor.prepend_axis_num
             layer = tensor.global_offset[0] if stacked else None
             rule = rule_of[tensor.key, layer]

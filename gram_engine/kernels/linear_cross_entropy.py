@@ -46,7 +46,8 @@ def linear_cross_entropy(
         row_weight: [rows] fp32, or None for ones.
         group: tensor-parallel group, or None for a whole weight.
         main_grad: where the gradient of `weight` is added, in the forward pass, instead of going through autograd: fp32
-            [as weight].  The loss must then be differentiated with gradient 1 (a plain sum), or backward raises.
+            [as weight].  The loss must then be differentiated with gradient 1 (a plain sum), or backward raises.  A weight
+            without it that needs no gradient (frozen) gets none.
 
     Returns:
         Scalar fp32 (float64 for float64).  The gradient of `hidden` holds this process's part only: the caller sums it
@@ -116,7 +117,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.unit_gradient:
             torch._assert_async(grad_loss == 1, "linear_cross_entropy with main_grad needs the gradient of a plain sum")
             return grad_hidden, None, None
-        return grad_hidden * grad_loss.to(grad_hidden.dtype), (grad_weight * grad_loss).to(ctx.weight_dtype), None
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight, None
 
 
 class _State:
@@ -130,7 +133,7 @@ class _State:
         if task.with_gradients:
             self.grad_hidden = torch.empty_like(hidden)
             self.grad_weight = task.main_grad
-            if self.grad_weight is None:
+            if self.grad_weight is None and weight.requires_grad:
                 self.grad_weight = torch.zeros_like(weight, dtype=self.dtype)
         processes = 1 if task.group is None else dist.get_world_size(task.group)
         first = 0 if task.group is None else dist.get_rank(task.group) * len(weight)
@@ -174,7 +177,8 @@ class _State:
         if row_weight is not None:
             grad *= row_weight[:, None].to(grad.dtype)
         torch.mm(grad, self.weight, out=self.grad_hidden[rows])
-        _add_product(self.grad_weight, grad, self.hidden[rows])
+        if self.grad_weight is not None:
+            _add_product(self.grad_weight, grad, self.hidden[rows])
 
 
 def _add_product(total: Tensor, grad: Tensor, rows: Tensor) -> None:

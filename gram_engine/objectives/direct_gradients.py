@@ -17,7 +17,8 @@ class DirectGradients:
     def __init__(self, chunk, parameters: list[Parameter]):
         """`chunk` is the DDP-wrapped model chunk that holds the parameters (or a bare model: then nothing is to be told)."""
         overlaps = getattr(getattr(chunk, "ddp_config", None), "overlap_grad_reduce", False)
-        self._groups = [(chunk.param_to_bucket_group[parameter], parameter) for parameter in parameters] if overlaps else []
+        trained = [parameter for parameter in parameters if parameter.requires_grad and overlaps]
+        self._groups = [(chunk.param_to_bucket_group[parameter], parameter) for parameter in trained]
 
     def announce_in_backward_of(self, loss: Tensor) -> None:
         """Have the parameters announced when the gradient of `loss` is computed."""

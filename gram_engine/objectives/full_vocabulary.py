@@ -62,7 +62,7 @@ class FullVocabularyPreference(PreferenceObjective):
             label_smoothing=self.label_smoothing,
             row_weight=weights,
             group=self.tp_group,
-            main_grad=output_weight.main_grad,
+            main_grad=getattr(output_weight, "main_grad", None),
         )
         self.direct.announce_in_backward_of(loss_sum)
         return self.output(loss_sum, self._margins(rows.detach(), output_weight.detach()), context)

@@ -61,12 +61,13 @@ class LabelHead:
             # The same factor, rounded in the same way, as megatron-core's for all other gradients.
             total = self._sum_over_processes() * (1.0 / num_labels.clamp(min=1))
             norm = self._norm_weight()
-            norm.main_grad += self._difference * total
+            if norm.requires_grad:
+                norm.main_grad += self._difference * total
             row = norm.to(total.dtype) * total
         weight = self._weight()
         if self.first.borrows_label_rows and (self.first.pre_process or self.last.post_process):
             row = self._from_last_to_first(row)
-        if weight is not None:
+        if weight is not None and weight.requires_grad:
             self._add_to_rows(weight, row)
 
     def _unreached_parameters(self) -> list:
@@ -97,7 +98,7 @@ class LabelHead:
         """First stage: its label rows, sent; last stage: the same, received."""
         if self.first.pre_process:
             weight = self.first.embedding.word_embeddings.weight
-            if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
+            if weight.requires_grad and getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
                 chunk.param_to_bucket_group[weight].finish_param_sync()
             rows = self._whole_rows(weight)
         else:

@@ -40,7 +40,7 @@ class ResponseLM(LanguageModelObjective):
             self.vocab_size,
             chunk_size=self.chunk_size,
             group=self.tp_group,
-            main_grad=output_weight.main_grad,
+            main_grad=getattr(output_weight, "main_grad", None),
         )
         self.direct.announce_in_backward_of(loss_sum)
         return self.output(loss_sum, context)

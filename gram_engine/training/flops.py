@@ -3,7 +3,8 @@
 Per token and layer: 2 FLOPs per weight of the matrices.  Attention scores and values: causal, so half of the squared
 length of each SAMPLE (not of the pack).  The pruned last layer (model/label_rows.py): keys and values of every token, all
 else for label rows.  Output layer: only for rows that run it (all response tokens in stage 1; in stage 2 one position per
-sample, two rows of the vocabulary or all).  Backward = twice forward; recomputation is not counted.
+sample, two rows of the vocabulary or all).  Backward = twice forward; recomputation is not counted.  LoRA: frozen weights
+have no gradient, so backward = forward; the adapters' own products are not counted.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ def step_flops(config: Config, batch: GlobalBatch) -> float:
     """Forward + backward FLOPs of one global batch over all processes."""
     tokens, rows, squares = batch.num_tokens, batch.num_rows, batch.squared_lengths
     layers = (config.model.num_layers - 1) * layer_flops(config, tokens, squares)
-    return 3.0 * (layers + last_layer_flops(config, tokens, rows, squares) + head_flops(config, rows))
+    return passes(config) * (layers + last_layer_flops(config, tokens, rows, squares) + head_flops(config, rows))
+
+
+def passes(config: Config) -> float:
+    """Forward and backward FLOPs of a step as a multiple of the forward ones."""
+    return 3.0 if config.model.lora_rank is None else 2.0
 
 
 def layer_flops(config: Config, tokens: float, squared_lengths: float) -> float:
