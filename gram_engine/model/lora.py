@@ -60,18 +60,15 @@ class LowRankAdapter(torch.nn.Module):
         where = dict(bias=False, device=weight.device, dtype=linear.config.params_dtype)
         self.linear_in = torch.nn.Linear(weight.shape[1], rank, **where)
         self.linear_out = torch.nn.Linear(rank, weight.shape[0], **where)
-        if self.column_parallel:
-            self.whole, sharded, self.shards = self.linear_in, self.linear_out, {"linear_out.weight": 0}
-        else:
-            self.whole, sharded, self.shards = self.linear_out, self.linear_in, {"linear_in.weight": 1}
-        axis = next(iter(self.shards.values()))
-        set_tensor_model_parallel_attributes(sharded.weight, True, axis, stride=2 if self.gated else 1)
+        sharded, self.axis = (self.linear_out, 0) if self.column_parallel else (self.linear_in, 1)
+        set_tensor_model_parallel_attributes(sharded.weight, True, self.axis, stride=2 if self.gated else 1)
         self.set_sequence_parallel(linear.config.sequence_parallel)
 
     def set_sequence_parallel(self, sequence_parallel: bool) -> None:
         """Whether hidden rows are slices: then each process has a part of the whole matrix's gradient, and they are summed."""
         self.sequence_parallel = sequence_parallel
-        self.whole.weight.sequence_parallel = sequence_parallel
+        whole = self.linear_in if self.column_parallel else self.linear_out
+        whole.weight.sequence_parallel = sequence_parallel
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.linear_out(self.scale * self._exchange(self.linear_in(hidden)))
@@ -90,7 +87,7 @@ class LowRankAdapter(torch.nn.Module):
         state = make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True),
             prefix,
-            self.shards,
+            {"linear_out.weight" if self.column_parallel else "linear_in.weight": self.axis},
             sharded_offsets,
             tp_group=self.group,
             dp_cp_group=metadata["dp_cp_group"],
