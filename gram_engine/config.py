@@ -61,6 +61,17 @@ class ModelConfig:
     """Standard deviation of the random initialisation."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers: Transformer Engine where installed and a GPU is used, else local ones; or force one."""
+    lora_rank: Optional[int] = None
+    """Train adapters of this rank beside the frozen model (LoRA); unset: all weights are trained."""
+    lora_alpha: Optional[float] = None
+    """LoRA: what an adapter adds is scaled by alpha / rank; default: twice the rank."""
+    lora_modules: tuple[Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], ...] = (
+        "linear_qkv",
+        "linear_proj",
+        "linear_fc1",
+        "linear_fc2",
+    )
+    """LoRA: linear layers that get adapters: of attention (qkv, proj), of the MLP (fc1: gate and up, fc2: down)."""
     load_hf: Optional[str] = None
     """Start from the weights, shape and (unless --tokenizer-model is given) tokenizer of this Hugging Face folder."""
     transformer_config: tuple[str, ...] = ()

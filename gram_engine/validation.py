@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from gram_engine.config import Config, TrainingConfig, world_size
+from gram_engine.config import Config, ModelConfig, TrainingConfig, world_size
 from gram_engine.data.sources import absent, source_is_there
 from gram_engine.errors import ConfigError
 
@@ -46,10 +46,12 @@ def resolve_shape(config: Config) -> None:
         "norm_epsilon": 1e-5,
         "untie_embeddings_and_output_weights": True,
         "qk_layernorm": False,
+        "lora_alpha": None if model.lora_rank is None else 2.0 * model.lora_rank,
     }
     for name, value in fallbacks.items():
         if getattr(model, name) is None:
             setattr(model, name, value)
+    model.lora_modules = tuple(name for name in ModelConfig.lora_modules if name in model.lora_modules)
 
 
 def check(config: Config, data: bool = True) -> None:
@@ -61,7 +63,7 @@ def check(config: Config, data: bool = True) -> None:
     Raises:
         ConfigError: names the values that clash and the remedy.
     """
-    for rule in (_check_shape, _check_parallel, *([_check_data] if data else []), _check_run):
+    for rule in (_check_shape, _check_parallel, *([_check_data] if data else []), _check_run, check_lora):
         for wrong, message in rule(config):
             if wrong:
                 raise ConfigError(message)
@@ -168,6 +170,28 @@ def _check_precision(config: Config):
     )
     yield fp8 and config.model.transformer_impl == "local", (
         "--fp8-format needs Transformer Engine's layers: leave --transformer-impl local out."
+    )
+
+
+def check_lora(config: Config):
+    """(wrong, message) of each rule of --lora-rank and its companions."""
+    model, rank = config.model, config.model.lora_rank
+    unused = model.lora_alpha is not None or model.lora_modules != ModelConfig.lora_modules
+    yield rank is None and unused, "--lora-alpha and --lora-modules need --lora-rank."
+    if rank is None:
+        return
+    yield config.training.freeze is not None, "--lora-rank freezes all weights: leave --freeze out."
+    yield config.training.objective == "bradley-terry", (
+        "--lora-rank would freeze the scalar head of --objective bradley-terry: leave it out, or use --freeze backbone."
+    )
+    yield rank < 1, f"--lora-rank {rank} must be at least 1. Leave it out to train all weights."
+    yield model.lora_alpha <= 0, f"--lora-alpha {model.lora_alpha:g} must be positive. Leave it out for twice the rank."
+    yield not model.lora_modules, "--lora-modules names no layer. Leave it out for all linear layers."
+    yield config.training.fp8_format is not None, (
+        "--lora-rank with --fp8-format is not tested: leave --fp8-format out to train adapters in BF16."
+    )
+    yield config.parallel.tp_comm_overlap, (
+        "--lora-rank with --tp-comm-overlap is not tested: leave --tp-comm-overlap out."
     )
 
 

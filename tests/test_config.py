@@ -78,11 +78,31 @@ def test_good_configuration_passes_and_fills_defaults(flags, monkeypatch):
             "must be a multiple of 32",
         ),
         ("--logits-chunk-size 0", 1, "must be at least 1. Leave it out"),
+        ("--lora-rank 0", 1, "--lora-rank 0 must be at least 1. Leave it out to train all weights"),
+        ("--lora-rank 4 --lora-alpha -1", 1, "--lora-alpha -1 must be positive. Leave it out for twice the rank"),
+        ("--lora-rank 4 --lora-modules", 1, "--lora-modules names no layer. Leave it out"),
+        ("--lora-alpha 8", 1, "--lora-alpha and --lora-modules need --lora-rank"),
+        ("--lora-modules linear_qkv", 1, "--lora-alpha and --lora-modules need --lora-rank"),
+        ("--lora-rank 4 --bf16 --fp8-format hybrid", 1, "leave --fp8-format out to train adapters in BF16"),
+        (
+            "--lora-rank 4 --tensor-model-parallel-size 2 --sequence-parallel --tp-comm-overlap",
+            2,
+            "leave --tp-comm-overlap out",
+        ),
     ],
 )
 def test_wrong_combinations_are_refused_with_a_remedy(flags, extra, world_size, message, monkeypatch):
     with pytest.raises(ConfigError, match=message):
         resolved([*flags, *extra.split()], world_size, monkeypatch)
+
+
+def test_lora_modules_are_known_ones_and_alpha_is_twice_the_rank(flags, monkeypatch, capsys):
+    config = resolved([*flags, "--lora-rank", "4", "--lora-modules", "linear_fc1", "linear_qkv"], 1, monkeypatch)
+    assert (config.model.lora_alpha, config.model.lora_modules) == (8, ("linear_qkv", "linear_fc1"))
+    with pytest.raises(SystemExit):
+        parse([*flags, "--lora-rank", "4", "--lora-modules", "q_proj"])
+    message = "".join(capsys.readouterr())
+    assert "q_proj" in message and "linear_proj" in message
 
 
 def test_missing_data_file_is_named(flags, monkeypatch):

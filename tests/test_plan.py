@@ -59,7 +59,7 @@ def parameters_of_a_process(flags: str) -> int:
 @pytest.mark.parametrize("objective", ["response-lm", "pair-preference"])
 def test_parameters_are_those_of_the_model(pool, layout, objective):
     processes, given = PARALLEL[layout]
-    for extra in ("", " --qk-layernorm True"):
+    for extra in ("", " --qk-layernorm True", " --lora-rank 4"):
         assert pool.run(parameters_of_a_process, processes, f"{given} --objective {objective}{extra}") == [0] * processes
 
 
@@ -107,7 +107,14 @@ def saved_bytes(flags: str, lengths: list[int]) -> int:
 
 @pytest.mark.parametrize(
     "processes, flags",
-    [(1, ""), (1, "--bf16"), (1, "--qk-layernorm True"), (2, "--tensor-model-parallel-size 2 --sequence-parallel --bf16")],
+    [
+        (1, ""),
+        (1, "--bf16"),
+        (1, "--lora-rank 4"),
+        (1, "--lora-rank 4 --bf16"),
+        (1, "--qk-layernorm True"),
+        (2, "--tensor-model-parallel-size 2 --sequence-parallel --bf16"),
+    ],
 )
 def test_activations_are_what_autograd_keeps(pool, processes, flags):
     for measured, counted in pool.run(kept_of_a_layer, processes, flags, [40, 24]):

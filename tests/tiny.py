@@ -46,7 +46,7 @@ def train_steps(trainer, steps: int) -> list[tuple[float, float]]:
 
 
 def float64_gradients(prefix: str, tokenizer_model: str, flags: str, change=None) -> dict:
-    """Every parameter's gradient of one global batch, in float64, by name; under TP or PP what this rank holds.
+    """Every trained parameter's gradient of one global batch, in float64, by name; under TP or PP what this rank holds.
 
     `change(trainer, batch)` may alter either before the pass.
     """
@@ -82,6 +82,7 @@ def float64_gradients(prefix: str, tokenizer_model: str, flags: str, change=None
         f"{index}.{name}": parameter.main_grad.clone()
         for index, chunk in enumerate(trainer.model)
         for name, parameter in chunk.module.named_parameters()
+        if parameter.requires_grad
     }
     assert all(gradient.dtype == torch.float64 for gradient in gradients.values())
     loss_sum = summed_stats(results, trainer.objective, trainer.platform.device)["loss_sum"]

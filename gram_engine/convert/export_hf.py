@@ -17,6 +17,7 @@ from gram_engine.convert.companions import CAUSAL_LM, PAIR_LOGIT, SCALAR, label_
 from gram_engine.convert.hf_folder import HuggingFaceFolder
 from gram_engine.convert.jobs import Job, check_room, head_key, in_files, run_jobs
 from gram_engine.convert.mapping import INDEX, OUTPUT, SCORE, SINGLE, rules
+from gram_engine.convert.merge_lora import merged_tensor
 from gram_engine.convert.safetensors_file import SafetensorsWriter
 from gram_engine.convert.torch_dist import TorchDistCheckpoint
 from gram_engine.errors import CheckpointError, ConfigError
@@ -42,6 +43,8 @@ def export_hf(
     evaluation: Optional[str] = None,
 ) -> Path:
     """Write `folder` from the newest checkpoint in `checkpoint`; it appears under its name only when whole.
+
+    LoRA's adapters are merged into the weights.
 
     Args:
         dtype: of the written weights, as torch names it; None: as the checkpoint holds them.
@@ -128,7 +131,8 @@ def _tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, tensor) of a job; one engine tensor of one layer is in memory at a time."""
     checkpoint = TorchDistCheckpoint(job.checkpoint)
     for rule, layer in job.rules():
-        yield from zip(rule.hf_names(layer), rule.split(checkpoint.tensor(rule.engine, layer), job.model), strict=True)
+        tensor = merged_tensor(checkpoint, rule.engine, layer, job.model)
+        yield from zip(rule.hf_names(layer), rule.split(tensor, job.model), strict=True)
     if job.label_ids:
         row_a, row_b = checkpoint.tensor(*head_key(job.model))[list(job.label_ids)].float()
         yield SCORE.hf[0], (row_a - row_b)[None]

@@ -10,13 +10,15 @@ from gram_engine.config import Config
 from gram_engine.convert.hf_folder import HuggingFaceFolder
 from gram_engine.convert.mapping import SCORE, rules
 from gram_engine.model.build import sharded_tensors
+from gram_engine.model.lora import is_adapter
 
 
 @torch.no_grad()
 def load_hf_weights(chunks: list, folder: str | Path, config: Config) -> None:
     """Fill this process's parameters from `folder`, converted to their dtype; vocabulary padding becomes zero.
 
-    A scalar head is that of a ...ForSequenceClassification folder, and keeps its random start with a language model's.
+    A scalar head is that of a ...ForSequenceClassification folder, and keeps its random start with a language model's; so do
+    adapters.
 
     Raises:
         CheckpointError: a tensor is missing, of another shape than config.json says, or has no place in the engine.
@@ -27,7 +29,7 @@ def load_hf_weights(chunks: list, folder: str | Path, config: Config) -> None:
     rule_of = {(rule.engine, layer): rule for rule, layer in [*rules(model), (SCORE, None)]}
     for chunk in chunks:
         for tensor in sharded_tensors(chunk):
-            if tensor.key == SCORE.engine and not scored:
+            if is_adapter(tensor.key) or (tensor.key == SCORE.engine and not scored):
                 continue
             stacked = tensor.prepend_axis_num
             layer = tensor.global_offset[0] if stacked else None

@@ -23,6 +23,7 @@ from gram_engine.config import Config
 from gram_engine.errors import ConfigError
 from gram_engine.model.label_rows import DeferredRMSNorm, label_row_layer_spec
 from gram_engine.model.layers import RMSNorm, local_layer_spec
+from gram_engine.model.lora import adapted_layer_spec, freeze_base, initial_adapter, is_adapter, let_gradients_in
 from gram_engine.model.reward_model import RewardModel
 from gram_engine.model.te_layers import fp8_fields, uses_transformer_engine, without_fp8
 from gram_engine.platform import Platform
@@ -155,6 +156,10 @@ def build_model(config: Config, platform: Platform) -> list[RewardModel]:
             # Label rows are whole on every tensor-parallel process, and so is the gradient of their norm.
             chunk.decoder.final_layernorm.weight.sequence_parallel = False
         initialise_weights(chunk, config)
+        if config.model.lora_rank is not None:
+            freeze_base(chunk)
+            if chunk.pre_process and core.recompute_granularity is not None:
+                let_gradients_in(chunk)
         chunks.append(chunk.to(platform.device))
     return chunks
 
@@ -166,7 +171,10 @@ def _layers_and_norm(config: Config, platform: Platform) -> tuple[ModuleSpec, ty
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec as layer_spec
     else:
         norm, layer_spec = RMSNorm, local_layer_spec
-    return layer_spec(qk_layernorm=config.model.qk_layernorm), DeferredRMSNorm if config.label_rows_only else norm
+    layer = layer_spec(qk_layernorm=config.model.qk_layernorm)
+    if config.model.lora_rank is not None:
+        layer = adapted_layer_spec(layer, config.model)
+    return layer, DeferredRMSNorm if config.label_rows_only else norm
 
 
 @torch.no_grad()
@@ -174,7 +182,7 @@ def initialise_weights(chunk: RewardModel, config: Config) -> None:
     """Normal initialisation (norms: ones), each tensor drawn from a generator seeded by its name and layer.
 
     Output projections of attention and MLP are scaled by 1 / sqrt(2 layers), as in Megatron.  Rows of the vocabulary's
-    padding are zero.
+    padding are zero.  Adapters: model/lora.py.
     """
     std = config.model.init_method_std
     for tensor in sharded_tensors(chunk):
@@ -188,9 +196,12 @@ def initialise_weights(chunk: RewardModel, config: Config) -> None:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         is_vocabulary = name.endswith(("word_embeddings.weight", "output_layer.weight"))
         rows = config.model.vocab_size if is_vocabulary else shape[0]
-        full = torch.randn(rows, *shape[1:], generator=generator)
-        full *= std / math.sqrt(2 * config.model.num_layers) if scaled else std
-        full = F.pad(full, (0, 0, 0, shape[0] - rows))
+        if is_adapter(name):
+            full = initial_adapter(name, shape, generator)
+        else:
+            full = torch.randn(rows, *shape[1:], generator=generator)
+            full *= std / math.sqrt(2 * config.model.num_layers) if scaled else std
+            full = F.pad(full, (0, 0, 0, shape[0] - rows))
         tensor.data.copy_(full[tuple(slice(start, start + size) for start, size in zip(offset, tensor.local_shape))])
 
 

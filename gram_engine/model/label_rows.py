@@ -25,6 +25,7 @@ from torch import Tensor
 
 from gram_engine.model.attention import PackSequences, gather_keys, packed_attention
 from gram_engine.model.layers import RMSNorm
+from gram_engine.model.lora import adapter_of
 
 
 class DeferredRMSNorm(RMSNorm):
@@ -56,6 +57,8 @@ class LabelRowLayer(TransformerLayer):
         with without_fp8(building=True):
             super().__init__(whole_rows, submodules, **kwargs)
         self._norm_weight().sequence_parallel = self.sequence_parallel
+        if adapter := adapter_of(self.self_attention.linear_qkv):
+            adapter.set_sequence_parallel(self.sequence_parallel)
 
     def _norm_weight(self) -> Tensor:
         """The input norm's weight; Transformer Engine keeps it in the projection that follows."""
@@ -68,11 +71,13 @@ class LabelRowLayer(TransformerLayer):
         sequences, attention = packed_seq_params, self.self_attention
         rows = sequences.label_rows
         normed = F.rms_norm(hidden_states, hidden_states.shape[-1:], self._norm_weight(), self.config.layernorm_epsilon)
+        adapter = adapter_of(attention.linear_qkv)
+        update = None if adapter is None else adapter(normed)
         if self.sequence_parallel:
             normed = gather_from_sequence_parallel_region(normed, group=self.tp_group)
         else:
             normed = copy_to_tensor_model_parallel_region(normed, group=self.tp_group)
-        query, key, value = self._query_key_value(normed, rows)
+        query, key, value = self._query_key_value(normed, update, rows)
         query = apply_rotary_pos_emb(
             query.unsqueeze(1), rotary_pos_emb[sequences.label_positions], attention.config, cp_group=attention.pg_collection.cp
         ).squeeze(1)
@@ -80,18 +85,22 @@ class LabelRowLayer(TransformerLayer):
             key, rotary_pos_emb, attention.config, sequences.cu_seqlens_kv, cp_group=attention.pg_collection.cp
         )
         attended = self._attend(query, key, value, sequences)
-        part = F.linear(attended.flatten(1).unsqueeze(1), attention.linear_proj.weight)
+        attended = attended.flatten(1).unsqueeze(1)
+        part = F.linear(attended, attention.linear_proj.weight)
         if self.sequence_parallel:
             hidden = reduce_from_tensor_model_parallel_region(part + self._held(hidden_states, rows), group=self.tp_group)
         else:
             hidden = reduce_from_tensor_model_parallel_region(part, group=self.tp_group) + hidden_states[rows]
+        if adapter := adapter_of(attention.linear_proj):
+            hidden = hidden + adapter(attended)
         with self.without_fp8():
             return self._forward_mlp(hidden), None
 
-    def _query_key_value(self, normed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _query_key_value(self, normed: Tensor, update: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[tokens, 1, hidden] -> query [labels, heads, dim], key and value [tokens, groups, dim].
 
-        Megatron stores the projections group by group: the group's queries, its key, its value.
+        Megatron stores the projections group by group: the group's queries, its key, its value.  `update` is what an
+        adapter adds to them, [tokens, 1, rows of the weight].
         """
         attention = self.self_attention
         groups, dim = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
@@ -99,6 +108,10 @@ class LabelRowLayer(TransformerLayer):
         normed = normed.squeeze(1)
         query = F.linear(normed[rows], weight[:, :-2].flatten(0, 2)).unflatten(-1, (-1, dim))
         key, value = F.linear(normed, weight[:, -2:].flatten(0, 2)).unflatten(-1, (groups, 2, dim)).unbind(2)
+        if update is not None:
+            update = update.view(len(normed), groups, -1, dim)
+            query = query + update[rows, :, :-2].flatten(1, 2)
+            key, value = key + update[:, :, -2], value + update[:, :, -1]
         if attention.config.qk_layernorm:
             query, key = attention.q_layernorm(query), attention.k_layernorm(key)
         return query, key, value

@@ -61,7 +61,8 @@ class LabelHead:
             # The same factor, rounded in the same way, as megatron-core's for all other gradients.
             total = self._sum_over_processes() * (1.0 / num_labels.clamp(min=1))
             norm = self._norm_weight()
-            norm.main_grad += self._difference * total
+            if norm.requires_grad:
+                norm.main_grad += self._difference * total
             row = norm.to(total.dtype) * total
         weight = self._weight()
         if self.first.borrows_label_rows and (self.first.pre_process or self.last.post_process):

@@ -17,7 +17,7 @@ from gram_engine.fileio import write_atomically
 from gram_engine.planning.layouts import Cluster, Data, Plan, best_layouts, evaluate, flags, parse_layout
 from gram_engine.planning.memory import GIB, GPU, Memory
 from gram_engine.planning.timing import Hardware, StepTime
-from gram_engine.validation import resolve_shape
+from gram_engine.validation import check_lora, resolve_shape
 
 
 @dataclass
@@ -104,6 +104,9 @@ def configuration(arguments: PlanArguments) -> Config:
     if arguments.fp8_format and not arguments.bf16:
         raise ConfigError("--fp8-format needs --bf16.")
     resolve_shape(config)
+    for wrong, message in check_lora(config):
+        if wrong:
+            raise ConfigError(message)
     if config.model.vocab_size is None:
         raise ConfigError("The vocabulary's size is open: give --vocab-size.")
     return config

@@ -12,6 +12,7 @@ from gram_engine.config import Config, ModelConfig
 from gram_engine.errors import ConfigError
 from gram_engine.planning.memory import GIB, GPU, Engine, Memory, Pack, peak_memory
 from gram_engine.planning.timing import Batch, Hardware, StepTime, forward_flops, step_time
+from gram_engine.training.flops import passes
 from gram_engine.training.pipeline_balance import Work
 
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -175,7 +176,7 @@ def evaluate(config: Config, layout: Layout, cluster: Cluster, data: Data) -> Pl
         memory=by_stage[stage],
         time=time,
         tokens_per_gpu_second=work.tokens / time.total / cluster.gpus,
-        tflops_per_gpu=3 * forward_flops(made, work) / time.total / cluster.gpus / 1e12,
+        tflops_per_gpu=passes(made) * forward_flops(made, work) / time.total / cluster.gpus / 1e12,
         reason=_why_not(by_stage[stage], layout, stage, cluster.gpu_memory_gb),
     )
 

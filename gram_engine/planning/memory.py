@@ -82,15 +82,15 @@ def peak_memory(config: Config, stage: int, pack: Pack, microbatches: int, shard
         microbatches: of one step on this process.
         shards: processes over which the distributed optimizer spreads its state; 1 without it.
     """
-    count = parameter_count(config, stage)
+    count, trained = parameter_count(config, stage), trained_count(config, stage)
     element = _element(config)
     main_parameters = 4 if config.training.bf16 else 0
     # FP8 without --fp8-param-gather keeps two 8-bit copies beside the weights; with it, in their place.
     copies = 2 * _matrices(config, stage) if config.training.fp8_format and not config.training.fp8_param_gather else 0
     states = dict(
         parameters=element * count + copies,
-        gradients=engine.gradient_bytes * count,
-        optimizer=(8 + main_parameters) * count / shards,
+        gradients=engine.gradient_bytes * trained,
+        optimizer=(8 + main_parameters) * trained / shards,
     )
     moments = _Moments(config, stage, pack, microbatches, engine).all()
     activations, logits, temporary = max(moments, key=sum)
@@ -104,7 +104,7 @@ def parameter_count(config: Config, stage: int) -> int:
     model, tp = config.model, config.parallel.tensor_model_parallel_size
     stages = config.parallel.pipeline_model_parallel_size
     norms = 2 * model.hidden_size + (2 * model.kv_channels if model.qk_layernorm else 0)
-    count = _matrices(config, stage) + stage_layers(config)[stage] * norms
+    count = _matrices(config, stage) + stage_layers(config)[stage] * norms + _adapters(config, stage)
     vocabulary = config.padded_vocab_size // tp * model.hidden_size
     untied = model.untie_embeddings_and_output_weights
     if stage == 0:
@@ -114,6 +114,20 @@ def parameter_count(config: Config, stage: int) -> int:
         # A tied weight on a pipeline is there twice, unless stage 2 borrows its two rows (model/reward_model.py).
         count += vocabulary if untied or (stages > 1 and not config.label_rows_only) else 0
     return count
+
+
+def trained_count(config: Config, stage: int) -> int:
+    """Parameters of a process that have gradients and optimizer state: with LoRA the adapters alone."""
+    return parameter_count(config, stage) if config.model.lora_rank is None else _adapters(config, stage)
+
+
+def _adapters(config: Config, stage: int) -> int:
+    """Elements of LoRA's adapters (model/lora.py): rank x (inputs + outputs) of each linear layer, as this process holds it."""
+    query, group, mlp = _columns(config)
+    hidden = config.model.hidden_size
+    sides = dict(linear_qkv=query + 2 * group, linear_proj=query, linear_fc1=2 * mlp, linear_fc2=mlp)
+    width = sum(hidden + sides[name] for name in config.model.lora_modules)
+    return stage_layers(config)[stage] * (config.model.lora_rank or 0) * width
 
 
 def _matrices(config: Config, stage: int) -> int:
@@ -142,14 +156,17 @@ def layer_bytes(config: Config, tokens: float, engine: Engine = GPU) -> float:
     if config.model.qk_layernorm:
         attention += _head_norms(config, query, group, engine)
     activation = element * mlp * (2 if engine.fused_swiglu else 4) + product * mlp
-    return tokens * (2 * norm_bytes(config, engine) + attention + activation)
+    low_rank = element * (config.model.lora_rank or 0) * len(config.model.lora_modules)
+    return tokens * (2 * norm_bytes(config, engine) + attention + activation + low_rank)
 
 
 def norm_bytes(config: Config, engine: Engine) -> float:
     """Kept of one norm and of the matrix product behind it, per token of the whole pack: its input, its output, statistics."""
     share = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
-    # torch's norm keeps its input and the normalised input, both in fp32; Transformer Engine's the input alone.
-    inside = 8 if engine.local_layers else _element(config)
+    # torch's norm keeps its input and, for its weight's gradient, the normalised input, both in fp32; Transformer Engine's
+    # the input alone.
+    kept = 8 if config.model.lora_rank is None else 4
+    inside = kept if engine.local_layers else _element(config)
     return ((inside + _product(config)) * config.model.hidden_size + 4) / share
 
 
@@ -248,13 +265,16 @@ class _Moments:
         if self._is_last(chunk) and self.config.prunes_last_layer and self.layers == 1:
             return 2 * self.row
         part = tokens * mlp * self.element
-        gradients = max(2 * part, part + mlp * hidden * self.element)
+        weight = mlp * hidden * self.element if self.config.model.lora_rank is None else 0
+        gradients = max(2 * part, part + weight)
         if self.share > 1:
             gradients += self.element * hidden * tokens  # the gathered pack
         again = min(self.config.training.recompute_num_layers, self.layers) if self.recompute else 0
         return again * layer_bytes(self.config, tokens, self.engine) + gradients + 2 * self.row
 
     def _embedding_gradient(self) -> float:
+        if self.config.model.lora_rank is not None:
+            return 0.0
         vocabulary = self.config.padded_vocab_size // self.config.parallel.tensor_model_parallel_size
         hidden = self.config.model.hidden_size
         return self.element * hidden * (vocabulary + self.pack.tokens)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from gram_engine.config import Config
-from gram_engine.planning.memory import GPU, Engine, parameter_count
-from gram_engine.training.flops import head_flops, last_layer_flops, layer_flops
+from gram_engine.planning.memory import GPU, Engine, trained_count
+from gram_engine.training.flops import head_flops, last_layer_flops, layer_flops, passes
 from gram_engine.training.pipeline_balance import Work, stage_costs, stage_layers
 
 
@@ -96,7 +96,7 @@ def step_time(config: Config, batch: Batch, data_parallel: int, hardware: Hardwa
     processes = tp * cp * data_parallel
     gain = hardware.fp8_gain if config.training.fp8_format else 1.0
     flops_per_second = 1e12 * hardware.peak_tflops * hardware.efficiency * gain
-    compute = (3 + again) * slowest / processes / count / flops_per_second
+    compute = (passes(config) + again) * slowest / processes / count / flops_per_second
 
     row_bytes = element * model.hidden_size * batch.tokens
     # A layer gathers and scatters (or all-reduces) twice forward and twice backward.
@@ -111,7 +111,7 @@ def step_time(config: Config, batch: Batch, data_parallel: int, hardware: Hardwa
         pipeline = 2 * chunks * (1 - hidden) * row_bytes / share / _neighbour(hardware, pp, processes)
     slot = compute + tensor + context + pipeline
 
-    own = max(parameter_count(config, stage) for stage in (0, pp - 1))
+    own = max(trained_count(config, stage) for stage in (0, pp - 1))
     copies = data_parallel * cp
     sharded = parallel.use_distributed_optimizer
     gathered = element if sharded else engine.gradient_bytes

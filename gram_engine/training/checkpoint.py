@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from gram_engine.config import Config, is_main_process
 from gram_engine.errors import CheckpointError
+from gram_engine.model.lora import check_adapters, is_adapter
 from gram_engine.model.reward_model import unwrap
 from gram_engine.model.scalar_head import SCALAR_HEAD
 from gram_engine.training.checkpoint_folder import (
@@ -129,7 +130,7 @@ def load_checkpoint(folder: str | Path, model: list, optimizer, scheduler, confi
     Raises:
         CheckpointError: there is none, it is of another shape, or it cannot be read.
     """
-    path = _checked_path(folder, config)
+    path = _checked_path(folder, config, resuming=True)
     before, now = run_config_of(path).training.freeze, config.training.freeze
     if not config.checkpoint.load_optim:
         optimizer = None
@@ -148,16 +149,21 @@ def load_checkpoint(folder: str | Path, model: list, optimizer, scheduler, confi
 
 
 def load_weights(folder: str | Path, model: list, config: Config) -> None:
-    """Restore the weights alone, as a starting point for another run; a language model's lack a scalar head.
+    """Restore the weights alone, as a starting point for another run.
+
+    A scalar head keeps its random start where the checkpoint is a language model's, and so do adapters where it has none.
 
     Raises:
         CheckpointError: as for `load_checkpoint`.
     """
-    path = _checked_path(folder, config)
-    _load_model(model, _read(path, _sharded_model(model), may_lack=SCALAR_HEAD))
+    path = _checked_path(folder, config, resuming=False)
+    wanted, fresh_adapters = _sharded_model(model), run_config_of(path).model.lora_rank is None
+    if fresh_adapters:
+        wanted = {name: {key: entry for key, entry in part.items() if not is_adapter(key)} for name, part in wanted.items()}
+    _load_model(model, _read(path, wanted, may_lack=SCALAR_HEAD), fresh_adapters)
 
 
-def _checked_path(folder: str | Path, config: Config) -> Path:
+def _checked_path(folder: str | Path, config: Config, resuming: bool) -> Path:
     path = latest_checkpoint(folder)
     if path is None:
         raise CheckpointError(f"{folder}: no checkpoint here ({TRACKER} is missing). Check the path.")
@@ -170,6 +176,7 @@ def _checked_path(folder: str | Path, config: Config) -> Path:
                 f"{path}: saved with {flag} {before}, this run has {now}. Use the checkpoint's shape "
                 f"(--config {path / RUN_CONFIG}), or another --load."
             )
+    check_adapters(saved.model, config.model, path, resuming)
     if saved.parallel.use_distributed_optimizer != config.parallel.use_distributed_optimizer and config.checkpoint.load:
         raise CheckpointError(
             f"{path}: saved with use_distributed_optimizer {saved.parallel.use_distributed_optimizer}. Resume with the "
@@ -213,9 +220,9 @@ def _sharded_state(model: list, optimizer, scheduler, state: TrainState, loading
     return sharded
 
 
-def _load_model(model: list, state: dict) -> None:
+def _load_model(model: list, state: dict, fresh_adapters: bool = False) -> None:
     for index, chunk in enumerate(model):
         found = unwrap(chunk).load_state_dict(state[_model_key(model, index)], strict=False)
-        may_differ = (EXTRA_STATE, SCALAR_HEAD)
-        wrong = [key for key in (*found.missing_keys, *found.unexpected_keys) if not key.endswith(may_differ)]
+        unlike = [key for key in (*found.missing_keys, *found.unexpected_keys) if not key.endswith((EXTRA_STATE, SCALAR_HEAD))]
+        wrong = [key for key in unlike if not (fresh_adapters and is_adapter(key))]
         assert not wrong, f"a checkpoint that was read whole does not fit the model: {wrong}"

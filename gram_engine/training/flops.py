@@ -4,7 +4,8 @@ Per token and layer: 2 FLOPs per weight of the matrices.  Attention scores and v
 length of each SAMPLE (not of the pack).  The pruned last layer (model/label_rows.py): keys and values of every token, all
 else for label rows.  Output layer: only for rows that run it (all response tokens in stage 1; in stage 2 one position per
 sample, two rows of the vocabulary or all; for bradley-terry two positions and one row, or the better response's tokens).
-Backward = twice forward (none through a frozen backbone); recomputation is not counted.
+Backward = twice forward (none through a frozen backbone); recomputation is not counted.  LoRA: frozen weights have no
+gradient, so backward = forward; the adapters' own products are not counted.
 """
 
 from __future__ import annotations
@@ -17,8 +18,14 @@ def step_flops(config: Config, batch: GlobalBatch) -> float:
     """Forward + backward FLOPs of one global batch over all processes."""
     tokens, rows, squares = batch.num_tokens, batch.num_rows, batch.squared_lengths
     layers = (config.model.num_layers - 1) * layer_flops(config, tokens, squares)
-    passes = 1.0 if config.training.freeze == "backbone" else 3.0
-    return passes * (layers + last_layer_flops(config, tokens, rows, squares) + head_flops(config, rows))
+    return passes(config) * (layers + last_layer_flops(config, tokens, rows, squares) + head_flops(config, rows))
+
+
+def passes(config: Config) -> float:
+    """Forward and backward FLOPs of a step as a multiple of the forward ones."""
+    if config.training.freeze == "backbone":
+        return 1.0
+    return 3.0 if config.model.lora_rank is None else 2.0
 
 
 def layer_flops(config: Config, tokens: float, squared_lengths: float) -> float:
