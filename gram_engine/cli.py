@@ -14,6 +14,8 @@ COMMANDS = {
     "score": ("gram_engine.scoring.score_file:main", "score preference pairs with a Hugging Face folder"),
     "rank": ("gram_engine.scoring.score_file:rank_main", "rank lists of responses, or find the best of n"),
     "evaluate": ("gram_engine.evaluation.evaluate:main", "RewardBench, RM-Bench, JudgeBench, HHH or own pairs: a report"),
+    "best-of-n": ("gram_engine.evaluation.best_of_n:main", "choose among n with a reward model: score and KL as a curve"),
+    "reproduce": ("gram_engine.reproduce.command:main", "the paper's comparison from a recipe, with a report"),
     "plan": ("gram_engine.planning.command:main", "which layouts of a model fit on how many GPUs, and how fast"),
     "train-tokenizer": ("gram_engine.train_tokenizer:main", "train a SentencePiece tokenizer on preference files"),
     "demo-data": ("gram_engine.demo:main", "make the demonstration preference data"),

@@ -99,15 +99,20 @@ def _flag(path: Path, key: str, value: Any, schema: type) -> list[str]:
     if name not in _flag_names(schema):
         close = difflib.get_close_matches(name, _flag_names(schema), n=1)
         raise ConfigError(f"{path}: unknown key '{key}'." + (f" Did you mean '{close[0]}'?" if close else ""))
-    flag = name.replace("_", "-")
     entries = value if isinstance(value, list) else [value]
     if not all(isinstance(entry, _SCALARS) and not str(entry).startswith("--") for entry in entries):
         raise ConfigError(f"{path}: '{key}' holds what no flag takes. Give a number, text, true or false, or a list of them.")
+    return flag_words(name, value)
+
+
+def flag_words(name: str, value: Any) -> list[str]:
+    """A field's name (or a flag's) and value as words of a command line."""
+    name, flag = name.replace("-", "_"), f"--{name.replace('_', '-')}"
     if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"] if not _is_optional_bool(name) else [f"--{flag}", str(value)]
+        return [flag, str(value)] if _is_optional_bool(name) else [flag if value else f"--no-{flag[2:]}"]
     if isinstance(value, list):
-        return [f"--{flag}", *map(str, value)] if value else []
-    return [f"--{flag}", str(value)]
+        return [flag, *map(str, value)] if value else []
+    return [flag, str(value)]
 
 
 def _is_optional_bool(name: str) -> bool:

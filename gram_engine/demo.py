@@ -12,7 +12,7 @@ import random
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
 import tyro
 
@@ -41,6 +41,7 @@ QUESTIONS = (
 )
 
 HELD_OUT_SHARE = 5  # one prompt in so many is held out
+CANDIDATES = 16  # responses to a prompt of candidates.jsonl
 
 
 def pairs(number: int, seed: int, held_out: bool) -> Iterator[dict[str, str]]:
@@ -57,6 +58,24 @@ def pairs(number: int, seed: int, held_out: bool) -> Iterator[dict[str, str]]:
             chosen = answer(kind, first, SIZES[size])
             rejected = ", ".join(_disordered(chosen, draw))
             yield {"prompt": prompt, "chosen": ", ".join(chosen), "rejected": rejected, "kind": kind}
+
+
+def candidates(number: int, seed: int) -> Iterator[dict[str, Any]]:
+    """`number` rows {prompt, responses, oracle} with held-out prompts, for `gram best-of-n`; same seed, same rows.
+
+    A response begins with some words in order and shuffles the others; its oracle score is the share of words that stand
+    behind their predecessor.
+    """
+    draw = random.Random(f"{seed}-candidates")
+    for row in pairs(number, seed, held_out=True):
+        words = row["chosen"].split(", ")
+        successors = set(zip(words, words[1:]))
+        made = []
+        for _ in range(CANDIDATES):
+            kept = draw.randint(1, len(words))
+            made.append(words[:kept] + draw.sample(words[kept:], len(words) - kept))
+        oracle = [sum(two in successors for two in zip(one, one[1:])) / len(successors) for one in made]
+        yield {"prompt": row["prompt"], "responses": [", ".join(one) for one in made], "oracle": oracle}
 
 
 def is_held_out(prompt: str) -> bool:
@@ -97,24 +116,31 @@ class DemoConfig:
     """How much demonstration data to write, and where."""
 
     output_dir: str = "runs/quickstart/data"
-    """Folder for train.jsonl and test.jsonl."""
+    """Folder for train.jsonl, test.jsonl and candidates.jsonl."""
     train_pairs: int = 12_000
     """Pairs to train on."""
     test_pairs: int = 400
     """Pairs with held-out prompts."""
+    candidates: int = 0
+    """Prompts with 16 responses each and a score of each response, for `gram best-of-n`."""
     seed: int = 1234
     """Seed of the data."""
 
 
 def write(config: DemoConfig) -> list[Path]:
-    """Write train.jsonl and test.jsonl; returns their paths."""
+    """Write train.jsonl and test.jsonl, and candidates.jsonl where wanted; returns their paths."""
+    made = {
+        "train": pairs(config.train_pairs, config.seed, held_out=False),
+        "test": pairs(config.test_pairs, config.seed, held_out=True),
+    }
+    if config.candidates:
+        made["candidates"] = candidates(config.candidates, config.seed)
     files = []
-    for name, number, held_out in (("train", config.train_pairs, False), ("test", config.test_pairs, True)):
-        file = Path(config.output_dir) / f"{name}.jsonl"
-        with write_atomically(file) as handle:
-            for row in pairs(number, config.seed, held_out):
+    for name, rows in made.items():
+        files.append(Path(config.output_dir) / f"{name}.jsonl")
+        with write_atomically(files[-1]) as handle:
+            for row in rows:
                 handle.write(json.dumps(row) + "\n")
-        files.append(file)
     return files
 
 

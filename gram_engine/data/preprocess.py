@@ -45,6 +45,7 @@ from gram_engine.data.template import DEFAULT_TEMPLATE, JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.data.writer import Chunk, DatasetWriter, RejectsFile
 from gram_engine.errors import ConfigError, DataError, GramError, one_line
+from gram_engine.fileio import locked
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,8 @@ def preprocess(
 def ensure_preprocessed(files: Sequence[str | Path], config: Config, objective: Objective, both_orders: bool) -> str:
     """Prefix of the preprocessed files in --data-cache-path, made now unless they are there already.
 
-    The name is a hash of the files' content and of every setting that shapes the result. To be called by one process.
+    The name is a hash of the files' content and of every setting that shapes the result. To be called by one process of a
+    run; of several runs at once, one makes it.
     """
     cfg, seed = config.data, config.training.seed
     for path in files:
@@ -145,14 +147,14 @@ def ensure_preprocessed(files: Sequence[str | Path], config: Config, objective: 
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     prefix = str(Path(cfg.data_cache_path) / f"{Path(str(files[0]).replace(':', '-')).name.split('.')[0]}-{objective}-{key}")
-    try:
-        PairDataset(prefix, whole=True)
-    except DataError as error:
-        if Path(f"{prefix}.json").is_file():
-            logger.warning("%s Doing that now.", error)
-        workers = cfg.preprocess_workers
-        manifest = preprocess(files, prefix, objective=objective, cfg=cfg, both_orders=both_orders, workers=workers, seed=seed)
-        logger.info("%s: %s", prefix, summary(manifest))
+    with locked(f"{prefix}.lock"):
+        try:
+            PairDataset(prefix, whole=True)
+        except DataError as error:
+            if Path(f"{prefix}.json").is_file():
+                logger.warning("%s Doing that now.", error)
+            options = dict(cfg=cfg, both_orders=both_orders, workers=cfg.preprocess_workers, seed=seed)
+            logger.info("%s: %s", prefix, summary(preprocess(files, prefix, objective=objective, **options)))
     return prefix
 
 

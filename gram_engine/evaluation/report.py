@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from html import escape
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Sequence
 
 import numpy as np
 
+from gram_engine.evaluation.page import BLUE, GREY, ORANGE, image, new_figure, page, png_of
 from gram_engine.evaluation.statistics import reliability
 from gram_engine.evaluation.suites import STYLES, Game, style_matrix
 from gram_engine.fileio import write_atomically
 
 MISTAKES, SHOWN_CHARACTERS = 10, 600
-BLUE, GREY, ORANGE = "#2f6fb5", "#8a8f98", "#c9702c"
 COLUMNS = {
     "games": "games",
     "accuracy": "accuracy",
@@ -29,24 +27,6 @@ COLUMNS = {
     "prefers_a": "prefers A",
     "ece": "ECE",
 }
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-.tiles { display: flex; flex-wrap: wrap; gap: .8rem; padding: 0; list-style: none; }
-.tiles li { background: var(--soft); border-radius: .5rem; padding: .6rem 1rem; min-width: 7rem; }
-.tiles b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: bottom; }
-td { white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
-.plots img { width: 100%; background: #fff; border-radius: .5rem; }
-details { border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .9rem; margin: .5rem 0; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .6rem; border-radius: .4rem; }
-"""
-
 
 def write_report(
     folder: Path, report: dict[str, Any], games: Sequence[Game], rewards: np.ndarray, margins: np.ndarray
@@ -67,25 +47,20 @@ def write_report(
 
 
 def _page(report: dict[str, Any], games: Sequence[Game], rewards: np.ndarray, plots: dict[str, tuple[str, bytes]]) -> str:
-    title = escape(f"{report['suite']}: {report['model']}")
     note = f"{report['games_judged']:,} pairs, each in both orders; {report['truncated']:,} shortened to fit."
     if report["games_judged"] < report["games_in_files"]:
         note = f"<b>Only the first {report['games_judged']:,} of {report['games_in_files']:,} pairs.</b> " + note
     if report["suite"] == "RewardBench 2":
         note += " A response's score is its mean reward against the others: not comparable with the leaderboard's scores."
     tiles = "".join(f"<li>{escape(name)}<b>{_number(value)}</b></li>" for name, value in report["figures"].items())
-    images = "".join(
-        f'<figure style="margin:0"><img alt="{escape(caption)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-        for caption, png in plots.values()
-    )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><p>{note}</p><ul class='tiles'>{tiles}</ul>"
+    images = "".join(image(*plot) for plot in plots.values())
+    return page(
+        f"{report['suite']}: {report['model']}",
+        f"<p>{note}</p><ul class='tiles'>{tiles}</ul>"
         f"<h2>By subset</h2><div class='scroll'>{_table(report)}</div><p>An even reward counts as wrong. "
         "Longer wins: the accuracy of always taking the longer response. ECE: how far confidence lies from accuracy.</p>"
         f"<h2>Plots</h2><div class='plots'>{images}</div><h2>The most confident mistakes</h2>{_mistakes(games, rewards)}"
-        f"<p>Files: {escape(', '.join(report['files']))}</p></html>\n"
+        f"<p>Files: {escape(', '.join(report['files']))}</p>",
     )
 
 
@@ -142,24 +117,9 @@ def _plots(
     return plots
 
 
-def _figure(width: float = 5.0, height: float = 3.6):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _png(figure) -> bytes:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
 def _plot_subsets(subsets: dict[str, dict[str, Any]]) -> bytes:
     names = list(subsets)
-    figure, axes = _figure(5.0, max(2.0, 0.3 * len(names) + 1.0))
+    figure, axes = new_figure(5.0, max(2.0, 0.3 * len(names) + 1.0))
     for row, name in enumerate(names):
         figures = subsets[name]
         axes.plot([figures["interval_low"], figures["interval_high"]], [row, row], color=BLUE, linewidth=2)
@@ -167,31 +127,31 @@ def _plot_subsets(subsets: dict[str, dict[str, Any]]) -> bytes:
         axes.plot(figures["longer_wins"], row, "|", color=ORANGE, markersize=11, markeredgewidth=2)
     axes.axvline(0.5, color=GREY, linewidth=0.8, linestyle="--")
     axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1), ylim=(len(names) - 0.5, -0.5), xlabel="accuracy")
-    return _png(figure)
+    return png_of(figure)
 
 
 def _plot_reliability(rewards: np.ndarray, a_is_better: np.ndarray) -> bytes:
-    figure, axes = _figure()
+    figure, axes = new_figure()
     bins = reliability(rewards, a_is_better)
     axes.plot([0.5, 1], [0.5, 1], color=GREY, linewidth=0.8, linestyle="--")
     axes.plot([confidence for confidence, _, _ in bins], [accuracy for _, accuracy, _ in bins], "-", color=BLUE, linewidth=1)
     sizes = [10 + 150 * count / max(len(rewards), 1) for _, _, count in bins]
     axes.scatter([point[0] for point in bins], [point[1] for point in bins], sizes, color=BLUE)
     axes.set(xlim=(0.48, 1.02), ylim=(-0.02, 1.02), xlabel="confidence", ylabel="accuracy")
-    return _png(figure)
+    return png_of(figure)
 
 
 def _plot_margins(margins: np.ndarray, sign: np.ndarray) -> bytes:
-    figure, axes = _figure()
+    figure, axes = new_figure()
     towards = np.concatenate([margins[:, 0] * sign, -margins[:, 1] * sign])
     axes.hist(towards, bins=40, color=BLUE)
     axes.axvline(0, color=GREY, linewidth=0.8, linestyle="--")
     axes.set(xlabel="Z_A - Z_B towards the better response", ylabel="verdicts")
-    return _png(figure)
+    return png_of(figure)
 
 
 def _plot_length(games: Sequence[Game], rewards: np.ndarray, sign: np.ndarray) -> bytes:
-    figure, axes = _figure()
+    figure, axes = new_figure()
     longer = np.array([len(game.a) - len(game.b) for game in games], dtype=float) * sign
     right = (rewards - 0.5) * sign > 0
     if len(longer):
@@ -200,15 +160,15 @@ def _plot_length(games: Sequence[Game], rewards: np.ndarray, sign: np.ndarray) -
     axes.axhline(0.5, color=GREY, linewidth=0.8, linestyle="--")
     axes.set(ylim=(-0.02, 1.02), xlabel="characters by which the better response is longer", ylabel="accuracy")
     axes.set_xscale("symlog", linthresh=100)
-    return _png(figure)
+    return png_of(figure)
 
 
 def _plot_styles(games: Sequence[Game], rewards: np.ndarray) -> bytes:
-    figure, axes = _figure(4.4, 3.6)
+    figure, axes = new_figure(4.4, 3.6)
     matrix = style_matrix(games, rewards)
     axes.imshow(matrix, vmin=0, vmax=1, cmap="Blues")
     for i in range(3):
         for j in range(3):
             axes.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", color="white" if matrix[i, j] > 0.6 else "black")
     axes.set(xticks=range(3), yticks=range(3), xticklabels=STYLES, yticklabels=STYLES, xlabel="rejected", ylabel="chosen")
-    return _png(figure)
+    return png_of(figure)

@@ -23,6 +23,11 @@ def wilson(successes: float, count: int, z: float = 1.959963984540054) -> tuple[
     return centre - half, centre + half
 
 
+def resampling_weights(count: int, repeats: int, rng: np.random.Generator) -> np.ndarray:
+    """Bootstrap samples of `count` things as weights: [repeats, count], the share that each thing has of a sample."""
+    return rng.multinomial(count, np.full(count, 1.0 / count), size=repeats) / count
+
+
 def describe(games: Sequence[Game], rewards: np.ndarray, margins: np.ndarray) -> dict[str, Any]:
     """Figures over some games; those that need a winner leave out games without.
 

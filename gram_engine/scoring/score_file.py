@@ -100,7 +100,7 @@ def score_file(arguments: ScoreArguments) -> dict[str, float | None]:
         if not isinstance(pair, Pair):
             raise DataError(f"{pair.place}: a ready-made row; scoring needs prompt and two responses in fields of their own.")
     lines = _run(arguments, pairs, _score_lines, "pairs")
-    report = _report(lines)
+    report = line_metrics(lines)
     if arguments.report:
         with write_atomically(arguments.report) as handle:
             json.dump(report, handle, indent=1)
@@ -162,8 +162,8 @@ def _rank_lines(
         yield {"place": row.place, "best": best.index, "comparisons": best.comparisons, **found}
 
 
-def _report(lines: list[dict[str, Any]]) -> dict[str, float | None]:
-    """`pair_metrics` and the number of shortened pairs; None (JSON's null) for a figure over nothing."""
+def line_metrics(lines: list[dict[str, Any]]) -> dict[str, float | None]:
+    """`pair_metrics` of lines of `gram score` or `gram evaluate`, and how many were shortened; None (null) of nothing."""
     preference = np.array([np.nan if line["preference"] is None else line["preference"] for line in lines])
     margins = np.array([line["margin"] for line in lines] + [line["exchanged_margin"] for line in lines])
     number, orders = np.arange(len(lines)), np.repeat([0, 1], len(lines))

@@ -1,0 +1,256 @@
+"""`gram best-of-n`: how good the response is that a reward model chooses among n (section 4.4), as a curve over n.
+
+From m candidates per prompt the expected score of the best of n is known without drawing: the i-th worst of m by the proxy
+is the best of a random subset of n with probability C(i - 1, n - 1) / C(m, n). So each curve uses every candidate, and the
+figures of different n differ by n alone. Choosing among n moves the policy by KL = log n - (n - 1) / n at most.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Iterator, Optional, Sequence
+
+import numpy as np
+import tyro
+
+from gram_engine.command_line import fail
+from gram_engine.config import DataConfig
+from gram_engine.data.fields import BadRow, row_to_list, row_to_samples
+from gram_engine.data.readers import read_items
+from gram_engine.data.schema import Pair
+from gram_engine.errors import ConfigError, DataError, GramError
+from gram_engine.evaluation.page import BLUE, Block, Plot, Table, new_figure, png_of, write_document
+from gram_engine.evaluation.statistics import resampling_weights
+from gram_engine.fileio import write_atomically
+from gram_engine.scoring.score_file import RankArguments, rank_file
+from gram_engine.scoring.scorer import Dtype
+
+REPEATS = 2000
+
+
+@dataclass
+class BestOfNArguments:
+    """Choose the best of n with a reward model, for n = 1, 2, ...; score the chosen with an oracle."""
+
+    file: tyro.conf.Positional[str]
+    """Rows of {prompt, responses, oracle: [a score of each]}, or preference pairs, several to a prompt."""
+    model: str
+    """The reward model that chooses (the proxy): folder written by `gram convert`."""
+    output_dir: str
+    """Folder for best_of_n.json, .md and .html, plots, and the scores. A killed command goes on where it was."""
+    oracle: str = "field"
+    """field: the rows' `oracle` (of pairs: the share of its comparisons that a response wins); or the folder of another
+    reward model."""
+    n: Optional[int] = None
+    """Longest list to choose from; prompts with fewer responses are left out. Default: what half of the prompts have."""
+    seed: int = 0
+    """Draws the response of each prompt that all others are scored against (it scores 1/2), as in the paper."""
+    dtype: Dtype = "auto"
+    """Dtype of the weights; auto: as stored."""
+    batch_tokens: Optional[int] = None
+    """Tokens that run at once; default: 4,096 on a CPU, 65,536 on a GPU."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Responses to one prompt, and what the oracle of the file says of them."""
+
+    prompt: str
+    responses: tuple[str, ...]
+    oracle: Optional[tuple[float, ...]]
+    place: str
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of tools/best_of_n.py and `gram best-of-n`."""
+    arguments = tyro.cli(BestOfNArguments, args=argv, prog="gram best-of-n")
+    try:
+        report = best_of_n(arguments)
+    except GramError as error:
+        fail(error)
+    for row in _rows(report):
+        print("  ".join(f"{cell:>16}" for cell in row))
+    print(f"{report['prompts']} prompts; report: {Path(arguments.output_dir) / 'best_of_n.html'}")
+
+
+def best_of_n(arguments: BestOfNArguments) -> dict[str, Any]:
+    """Score, count, write the report; returns what best_of_n.json holds.
+
+    Raises:
+        DataError: a row cannot be used, or has no score of the oracle.
+        ConfigError, CheckpointError: no prompt has n responses, or a model folder cannot be used.
+    """
+    lists = read_candidates(arguments.file)
+    n = arguments.n or int(np.quantile([len(one.responses) for one in lists], 0.5, method="lower"))
+    kept = [one for one in lists if len(one.responses) >= n]
+    if not kept or n < 1:
+        most = max(len(one.responses) for one in lists)
+        raise ConfigError(f"--n {n}: the prompts have at most {most} responses. Give a number from 1 to {most}.")
+    proxy, oracle = _scores(arguments, kept)
+    curve = best_of_n_curve(proxy, oracle, n)
+    report = {
+        "file": arguments.file,
+        "model": arguments.model,
+        "oracle": arguments.oracle,
+        "prompts": len(kept),
+        "prompts_left_out": len(lists) - len(kept),
+        "candidates": sum(map(len, proxy)),
+        "curve": curve,
+    }
+    folder = Path(arguments.output_dir)
+    with write_atomically(folder / "best_of_n.json") as handle:
+        json.dump(report, handle, indent=1)
+    write_document(folder, "best_of_n", f"Best of n: {arguments.model}", _blocks(report))
+    return report
+
+
+def read_candidates(file: str) -> list[Candidates]:
+    """The lists of a file, or the responses of its pairs put together by prompt.
+
+    Raises:
+        DataError: a row cannot be used ("file:line: what").
+    """
+    lists: list[Candidates] = []
+    pairs: list[Pair] = []
+    for item in read_items([file], _row):
+        (pairs if isinstance(item, Pair) else lists).append(item)
+    return lists + list(_grouped(pairs))
+
+
+def chance_of_best(candidates: int, most: int) -> np.ndarray:
+    """[most, candidates] that the i-th worst of m candidates is the best of n = 1 ... most drawn without replacement."""
+    return np.array(
+        [[math.comb(i, n - 1) / math.comb(candidates, n) for i in range(candidates)] for n in range(1, most + 1)]
+    )
+
+
+def expected_of_best(proxy: np.ndarray, values: np.ndarray, most: int) -> np.ndarray:
+    """[most]: expected value of the response with the highest proxy score, over all subsets of n = 1 ... most responses.
+
+    Among equals by the proxy each is as likely to be taken.
+
+    Args:
+        proxy, values: [candidates], at least `most` of them.
+    """
+    _, group, size = np.unique(proxy, return_inverse=True, return_counts=True)
+    shared = (np.bincount(group, values) / size)[group]
+    return _chances(len(proxy), most) @ shared[np.argsort(proxy, kind="stable")]
+
+
+_chances = cache(chance_of_best)
+
+
+def kl_of(n: int) -> float:
+    """log n - (n - 1) / n nats: bound on how far choosing among n moves a policy from where it was."""
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_n_curve(proxy: Sequence[np.ndarray], oracle: Sequence[np.ndarray], most: int) -> list[dict[str, float]]:
+    """For n = 1 ... most: n, kl, proxy and oracle of the chosen (mean over prompts), each with its 95 % interval.
+
+    The intervals resample prompts.
+
+    Args:
+        proxy, oracle: for each prompt [candidates], at least `most` of them.
+    """
+    weights = resampling_weights(len(proxy), REPEATS, np.random.default_rng(0))
+    columns: dict[str, np.ndarray] = {}
+    for name, values in (("proxy", proxy), ("oracle", oracle)):
+        by_prompt = np.array([expected_of_best(own, value, most) for own, value in zip(proxy, values, strict=True)])
+        columns[name] = by_prompt.mean(axis=0)
+        columns[f"{name}_low"], columns[f"{name}_high"] = np.quantile(weights @ by_prompt, [0.025, 0.975], axis=0)
+    return [
+        {"n": n, "kl": kl_of(n), **{name: float(values[n - 1]) for name, values in columns.items()}}
+        for n in range(1, most + 1)
+    ]
+
+
+def _row(row: Any, place: str) -> list[Candidates | Pair]:
+    if not isinstance(row, dict) or not ("responses" in row or "completions" in row):
+        return row_to_samples(row, DataConfig(), place)
+    (found,) = row_to_list(row, DataConfig(), place)
+    oracle = row.get("oracle")
+    if oracle is not None and (
+        not isinstance(oracle, list)
+        or len(oracle) != len(found.responses)
+        or any(type(score) not in (int, float) or not math.isfinite(score) for score in oracle)
+    ):
+        raise BadRow(f"'oracle' must hold a finite number for each of the {len(found.responses)} responses.")
+    return [Candidates(found.prompt, found.responses, None if oracle is None else tuple(map(float, oracle)), place)]
+
+
+def _grouped(pairs: Sequence[Pair]) -> Iterator[Candidates]:
+    """Each prompt's responses, with the share of its comparisons that each one wins (a tie is half a win)."""
+    shares: dict[str, dict[str, list[float]]] = {}
+    places: dict[str, str] = {}
+    for pair in pairs:
+        if not isinstance(pair, Pair) or math.isnan(pair.preference):
+            raise DataError(f"{pair.place}: no preference, and no `responses`. Give lists, or pairs with a label.")
+        own = shares.setdefault(pair.prompt, {})
+        places.setdefault(pair.prompt, pair.place)
+        own.setdefault(pair.response_a, []).append(pair.preference)
+        own.setdefault(pair.response_b, []).append(1.0 - pair.preference)
+    for prompt, own in shares.items():
+        yield Candidates(prompt, tuple(own), tuple(float(np.mean(wins)) for wins in own.values()), places[prompt])
+
+
+def _scores(arguments: BestOfNArguments, lists: Sequence[Candidates]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Scores of all candidates by proxy and oracle, for each prompt [candidates]."""
+    folder = Path(arguments.output_dir)
+    oracle = None if Path(arguments.oracle).is_dir() else [_known_oracle(arguments.oracle, one) for one in lists]
+    with write_atomically(folder / "candidates.jsonl") as handle:
+        for one in lists:
+            handle.write(json.dumps({"prompt": one.prompt, "responses": one.responses}, ensure_ascii=False) + "\n")
+    proxy = _ranked(arguments, arguments.model, folder / "proxy.jsonl")
+    return proxy, oracle or _ranked(arguments, arguments.oracle, folder / "oracle.jsonl")
+
+
+def _known_oracle(oracle: str, one: Candidates) -> np.ndarray:
+    if oracle != "field":
+        raise ConfigError(f"--oracle {oracle}: neither 'field' nor the folder of a reward model.")
+    if one.oracle is None:
+        raise DataError(f"{one.place}: no field 'oracle'. Add a score of each response, or give --oracle FOLDER.")
+    return np.array(one.oracle)
+
+
+def _ranked(arguments: BestOfNArguments, model: str, output: Path) -> list[np.ndarray]:
+    """Rewards of each list against the response that --seed draws: the same for proxy and oracle."""
+    files = (str(output.parent / "candidates.jsonl"), str(output))
+    rank_file(RankArguments(*files, model, arguments.dtype, arguments.batch_tokens, seed=arguments.seed))
+    return [np.array(json.loads(line)["rewards"]) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+def _rows(report: dict[str, Any]) -> list[list[str]]:
+    head = ["n", "KL", "proxy", "95 %", "oracle", "95 %"]
+    return [head] + [
+        [
+            str(row["n"]), f"{row['kl']:.3f}",
+            f"{row['proxy']:.3f}", f"{row['proxy_low']:.3f} to {row['proxy_high']:.3f}",
+            f"{row['oracle']:.3f}", f"{row['oracle_low']:.3f} to {row['oracle_high']:.3f}",
+        ]
+        for row in report["curve"]
+    ]  # fmt: skip
+
+
+def _blocks(report: dict[str, Any]) -> list[Block]:
+    head, *rows = _rows(report)
+    told = (
+        f"{report['candidates']:,} candidates for {report['prompts']:,} prompts of {report['file']} "
+        f"({report['prompts_left_out']:,} prompts with fewer left out). Proxy: Eq. 3 against one response of the prompt; "
+        f"oracle: {report['oracle']}. Means over all subsets of n; intervals resample prompts."
+    )
+    plots = [Plot(name, f"{name} score of the chosen against KL", _plot(report["curve"], name)) for name in ("proxy", "oracle")]
+    return [told, Table(head, rows), *plots]
+
+
+def _plot(curve: Sequence[dict[str, float]], name: str) -> bytes:
+    figure, axes = new_figure()
+    kl = [row["kl"] for row in curve]
+    axes.fill_between(kl, [row[f"{name}_low"] for row in curve], [row[f"{name}_high"] for row in curve], color=BLUE, alpha=0.2)
+    axes.plot(kl, [row[name] for row in curve], "o-", color=BLUE, markersize=3)
+    axes.set(xlabel="KL = log n - (n - 1) / n", ylabel=f"{name} score of the best of n")
+    return png_of(figure)

@@ -1,0 +1,148 @@
+"""Finished evaluations -> accuracies with intervals over seeds and test pairs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Iterator, Mapping, Optional, Sequence
+
+import numpy as np
+
+from gram_engine.evaluation.statistics import resampling_weights
+from gram_engine.evaluation.suites import read_games
+from gram_engine.reproduce.plan import Plan
+from gram_engine.scoring.score_file import line_metrics
+
+REPEATS = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval of a difference leaves zero out."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A variant on one set."""
+
+    seeds: tuple[int, ...]
+    correct: np.ndarray
+    """[seeds, pairs with a winner] 1 where the reward finds the winner, 1/2 where it is even, else 0."""
+    swap_consistency: float
+    """Share of pairs with the same winner in both orders."""
+    prefers_a: float
+    """Share of verdicts for the response shown first."""
+
+
+@dataclass
+class Results:
+    """All that has been measured: variant -> set -> scores; and what always taking the longer response would give."""
+
+    scores: dict[str, dict[str, Scores]] = field(default_factory=dict)
+    longer_wins: dict[str, float] = field(default_factory=dict)
+    """Set -> accuracy."""
+    pairs: dict[str, int] = field(default_factory=dict)
+    """Set -> pairs with a winner."""
+    best_of_n: dict[str, dict[int, list[dict[str, float]]]] = field(default_factory=dict)
+    """Variant -> seed -> curve, as `gram best-of-n` writes it."""
+
+    def accuracy(self, variant: str, sets: Sequence[str]) -> Optional[Estimate]:
+        """Mean of the sets' accuracies; None where one has not been measured."""
+        found = self._matrices(variant, sets, None)
+        return bootstrap(list(found)) if found else None
+
+    def difference(self, variant: str, reference: str, sets: Sequence[str]) -> Optional[Estimate]:
+        """Accuracy of a variant less that of another, by the seeds and the pairs that both have; None where there are none."""
+        seeds = [set(self._seeds(name, sets)) for name in (variant, reference)]
+        common = sorted(seeds[0] & seeds[1])
+        if not common:
+            return None
+        one, other = (self._matrices(name, sets, common) for name in (variant, reference))
+        return bootstrap([mine - theirs for mine, theirs in zip(one, other, strict=True)])
+
+    def _seeds(self, variant: str, sets: Sequence[str]) -> tuple[int, ...]:
+        measured = self.scores.get(variant, {})
+        return measured[sets[0]].seeds if sets and all(name in measured for name in sets) else ()
+
+    def _matrices(self, variant: str, sets: Sequence[str], seeds: Optional[Sequence[int]]) -> list[np.ndarray]:
+        own = self._seeds(variant, sets)
+        rows = [own.index(seed) for seed in (own if seeds is None else seeds)]
+        return [self.scores[variant][name].correct[rows] for name in sets] if rows else []
+
+
+def bootstrap(matrices: Sequence[np.ndarray]) -> Estimate:
+    """Mean over matrices (sets) of their means, with a percentile interval that resamples seeds and pairs independently.
+
+    Both are samples: of trainings, and of questions. Drawing each anew, crossed, is Owen's pigeonhole bootstrap (Annals of
+    Applied Statistics 1, 2007). The seeds drawn are the same for all sets, since it is the same models that they name; with
+    one seed the interval is that of the pairs alone.
+
+    Args:
+        matrices: each [seeds, pairs].
+    """
+    rng = np.random.default_rng(0)
+    by_seed = resampling_weights(len(matrices[0]), REPEATS, rng)
+    means = np.zeros(REPEATS)
+    for matrix in matrices:
+        by_pair = resampling_weights(matrix.shape[1], REPEATS, rng)
+        means += np.einsum("rs,rs->r", by_seed, by_pair @ matrix.T) / len(matrices)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Estimate(float(np.mean([matrix.mean() for matrix in matrices])), float(low), float(high))
+
+
+def collect(plan: Plan) -> Results:
+    """Everything that is finished in a plan's folders."""
+    results = Results()
+    for name, file in plan.test_files.items():
+        games = [game for game in read_games([str(file)], "pairs")[1] if game.preference != 0.5]
+        longer = [0.5 + 0.5 * np.sign(len(game.a) - len(game.b)) * np.sign(game.preference - 0.5) for game in games]
+        results.longer_wins[name], results.pairs[name] = float(np.mean(longer)), len(games)
+    for name, variant in plan.recipe.variants.items():
+        done = {seed: lines for seed, lines in _evaluations(plan, name)}
+        if done:
+            results.scores[name] = {one: _scores(done, str(plan.test_files[one])) for one in variant.evaluate}
+        if curves := dict(_curves(plan, name)):
+            results.best_of_n[name] = curves
+    return results
+
+
+def _evaluations(plan: Plan, variant: str) -> Iterator[tuple[int, list[dict]]]:
+    for seed in plan.recipe.seeds:
+        job = plan.evaluations.get(plan.models[variant, seed])
+        if job is not None and job.done:
+            text = (job.folder / job.name / "scores.jsonl").read_text(encoding="utf-8")
+            yield seed, [json.loads(line) for line in text.splitlines()]
+
+
+def _curves(plan: Plan, variant: str) -> Iterator[tuple[int, list[dict[str, float]]]]:
+    for seed in plan.recipe.seeds:
+        job = plan.best_of_n.get(plan.models[variant, seed])
+        if job is not None and job.done and variant in plan.recipe.best_of_n.variants:
+            yield seed, json.loads((job.folder / job.name / "best_of_n.json").read_text(encoding="utf-8"))["curve"]
+
+
+def _scores(done: Mapping[int, list[dict]], file: str) -> Scores:
+    own = [[line for line in lines if line["place"].rpartition(":")[0] == file] for lines in done.values()]
+    metrics = [line_metrics(lines) for lines in own]
+    return Scores(
+        tuple(done),
+        np.array([_credits(lines) for lines in own]),
+        float(np.mean([one["swap_consistency"] for one in metrics])),
+        float(np.mean([one["prefers_a"] for one in metrics])),
+    )
+
+
+def _credits(lines: list[dict]) -> np.ndarray:
+    preference = np.array([line["preference"] for line in lines])
+    towards = (np.array([line["reward_a"] for line in lines]) - 0.5) * np.sign(preference - 0.5)
+    return (0.5 + 0.5 * np.sign(towards))[preference != 0.5]
+

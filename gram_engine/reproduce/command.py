@@ -1,0 +1,93 @@
+"""`gram reproduce`: the paper's comparison, from a recipe to a report."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Optional
+
+import tyro
+
+from gram_engine.command_line import fail
+from gram_engine.errors import ConfigError, GramError
+from gram_engine.reproduce.collect import collect
+from gram_engine.reproduce.plan import Plan, make_plan
+from gram_engine.reproduce.recipe import load_recipe
+from gram_engine.reproduce.report import write_report
+from gram_engine.reproduce.runner import Runner, alone_in, refused
+
+
+@dataclass
+class ReproduceArguments:
+    """Train and measure every variant of a recipe, and set the figures beside the paper's.
+
+    Give the command again to go on behind a kill or a mended failure: what is done is not done twice.
+    """
+
+    recipe: str
+    """YAML file, such as examples/recipes/paper_small.yaml."""
+    output_dir: Optional[str] = None
+    """Folder for everything; default: runs/NAME-OF-THE-RECIPE."""
+    variables: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = ()
+    """NAME=VALUE ...: the recipe's variables, such as where the data lies."""
+    only: tuple[str, ...] = ()
+    """Variants to run; default: all. The report shows what there is of the others."""
+    jobs: int = 1
+    """Commands that run side by side; they share the processors."""
+    dry_run: bool = False
+    """List the jobs and their commands, and leave."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of tools/reproduce.py and `gram reproduce`."""
+    words = sys.argv[1:] if argv is None else argv
+    arguments = tyro.cli(ReproduceArguments, args=words, prog="gram reproduce")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running commands are stopped too
+    try:
+        failed = reproduce(arguments, shlex.join(["gram", "reproduce", *words]))
+    except GramError as error:
+        fail(error)
+    if failed:
+        raise SystemExit(1)
+
+
+def reproduce(arguments: ReproduceArguments, command: str) -> dict[str, str]:
+    """Run a recipe and write its report; returns job -> why it failed.
+
+    Raises:
+        ConfigError: the recipe or a flag cannot work, or another run is in the folder.
+        DataError: a row of the data cannot be used.
+    """
+    if arguments.jobs < 1:
+        raise ConfigError(f"--jobs {arguments.jobs} must be at least 1.")
+    recipe = load_recipe(arguments.recipe, _variables(arguments.variables))
+    plan = make_plan(recipe, Path(arguments.output_dir or f"runs/{Path(arguments.recipe).stem}"))
+    jobs = plan.needed_for(arguments.only) if arguments.only else plan.jobs
+    if arguments.dry_run:
+        _list(plan, jobs)
+        return {}
+    with alone_in(plan.out) as lock:
+        plan.write_data()
+        runner = Runner(jobs, arguments.jobs, lambda line: print(line, flush=True), lock)
+        runner.run()
+        print(f"report: {write_report(plan, collect(plan), runner.failed, command)}")
+    return runner.failed
+
+
+def _list(plan: Plan, jobs: dict) -> None:
+    problems = refused(jobs.values())
+    for job in jobs.values():
+        state = "done" if job.done else f"REFUSED, {problems[job.id]}" if job.id in problems else "to do"
+        print(f"{state}: {job.title}\n    $ {job}")
+    trained = sum(job.name == "train" for job in jobs.values())
+    print(f"{len(jobs)} jobs, {trained} trainings, {len(plan.recipe.variants)} variants, {len(plan.recipe.seeds)} seeds")
+
+
+def _variables(given: tuple[str, ...]) -> dict[str, str]:
+    for word in given:
+        if "=" not in word:
+            raise ConfigError(f"--set {word}: must be NAME=VALUE.")
+    return dict(word.split("=", 1) for word in given)

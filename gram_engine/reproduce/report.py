@@ -1,0 +1,261 @@
+"""The reproduction's report: Markdown, one HTML page with everything inside, JSON, and plots."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Iterator, Mapping, Optional, Sequence
+
+from gram_engine.evaluation.page import GREY, Block, Heading, Plot, Table, new_figure, png_of, write_document
+from gram_engine.fileio import write_atomically
+from gram_engine.reproduce.collect import Results
+from gram_engine.reproduce.compare import KINDS, VERDICTS, compare
+from gram_engine.reproduce.plan import Plan
+from gram_engine.reproduce.runner import seconds_of
+
+COLOURS = ("#2f6fb5", "#c9702c", "#3f8f5b", "#8457a8", "#b8434e", "#5f6b7a")
+
+
+def write_report(plan: Plan, results: Results, failed: Mapping[str, str], command: str) -> Path:
+    """Write report.md, report.html, report.json and plots into the plan's folder; returns the path of the page.
+
+    Args:
+        failed: job -> why it gave no result.
+        command: what started the reproduction.
+    """
+    content = report_content(plan, results, failed, command)
+    with write_atomically(plan.out / "report.json") as handle:
+        json.dump(content, handle, indent=1)
+    write_document(plan.out, "report", content["title"], list(_blocks(content)))
+    return plan.out / "report.html"
+
+
+def report_content(plan: Plan, results: Results, failed: Mapping[str, str], command: str) -> dict[str, Any]:
+    """What report.json holds."""
+    recipe = plan.recipe
+    done = [job for job in plan.jobs.values() if job.done]
+    return {
+        "title": recipe.title,
+        "command": command,
+        "seeds": recipe.seeds,
+        "jobs": {"all": len(plan.jobs), "done": len(done), "seconds": round(sum(map(seconds_of, done)), 1)},
+        "failed": {plan.jobs[name].title: reason for name, reason in failed.items()},
+        "not_measured": [name for name in recipe.variants if name not in results.scores],
+        "sets": {
+            name: {"kind": one.kind, "pairs": results.pairs[name], "longer_wins": results.longer_wins[name]}
+            for name, one in recipe.evaluation.items()
+            if name in results.pairs
+        },
+        "variants": {
+            name: {
+                "stages": [{"stage": one.name, "data": one.data.name, "flags": dict(one.flags)} for one in variant.stages],
+                "folders": {seed: str(plan.models[name, seed]) for seed in recipe.seeds},
+                "sets": {one: _measured(results, name, one) for one in results.scores.get(name, {})},
+            }
+            for name, variant in recipe.variants.items()
+        },
+        "sections": [compare(section, recipe, results) for section in recipe.sections],
+        "best_of_n": results.best_of_n,
+        "notes": [*recipe.notes, *_own_notes(plan, results)],
+    }
+
+
+def _measured(results: Results, variant: str, one: str) -> dict[str, Any]:
+    scores = results.scores[variant][one]
+    by_seed = dict(zip(scores.seeds, scores.correct.mean(axis=1).tolist(), strict=True))
+    effects = {"swap_consistency": scores.swap_consistency, "prefers_a": scores.prefers_a}
+    return {**asdict(results.accuracy(variant, [one])), "by_seed": by_seed, **effects}
+
+
+def _own_notes(plan: Plan, results: Results) -> Iterator[str]:
+    recipe = plan.recipe
+    yield (
+        f"Intervals (95 %) resample {len(recipe.seeds)} seeds and the test pairs, independently. Few seeds show little of what "
+        "other seeds would give, so an interval is rather too narrow than too wide."
+    )
+    sizes = ", ".join(f"{name}: {count:,} pairs, +/- {0.98 / count**0.5:.3f}" for name, count in results.pairs.items())
+    if sizes:
+        yield f"What chance alone does to an accuracy near one half, one model: {sizes}."
+    yield (
+        "Many differences are looked at, and at 95 % one in twenty would seem clear if none were: a single verdict is no proof."
+    )
+
+
+def _blocks(content: Mapping[str, Any]) -> Iterator[Block]:
+    jobs = content["jobs"]
+    yield (
+        f"{jobs['done']} of {jobs['all']} jobs done, {jobs['seconds'] / 60:.0f} minutes of work; seeds "
+        f"{', '.join(map(str, content['seeds']))}. Made by: {content['command']}"
+    )
+    yield from _summary(content)
+    rows = [
+        [name, KINDS[one["kind"]], f"{one['pairs']:,}", f"{one['longer_wins']:.3f}"] for name, one in content["sets"].items()
+    ]
+    yield Table(["test set", "kind", "pairs", "longer wins"], rows)
+    yield "Longer wins: the accuracy of always taking the longer response. An even reward counts one half."
+    for number, section in enumerate(content["sections"], 1):
+        yield from _section(section, f"section-{number}")
+    if content["best_of_n"]:
+        yield from _best_of_n(content["best_of_n"])
+    yield Heading("What the figures do not show")
+    yield from content["notes"]
+
+
+def _summary(content: Mapping[str, Any]) -> Iterator[Block]:
+    """What agrees with the paper, what does not, and what is missing."""
+    yield Heading("Beside the paper")
+    claims = [claim for section in content["sections"] for claim in section["claims"] if claim["verdict"]]
+    counts = Counter(claim["verdict"] for claim in claims)
+    if claims:
+        told = "; ".join(f"{one} {counts[one]}" for one in VERDICTS)
+        yield f"{len(claims)} differences that the paper prints. Ours: {told}."
+    else:
+        yield "No difference that the paper prints has been measured."
+    for one, told in ((VERDICTS[0], "Ours agree"), (VERDICTS[3], "Ours contradict")):
+        own = [claim for claim in claims if claim["verdict"] == one]
+        named = dict.fromkeys(f"{claim['row']} against {claim['reference']} ({claim['column']})" for claim in own)
+        if named:
+            yield f"{told}: {'; '.join(named)}."
+    if content["failed"]:
+        yield Table(["failed", "why"], list(content["failed"].items()))
+    if content["not_measured"]:
+        yield f"Not measured: {', '.join(content['not_measured'])}."
+
+
+def _section(section: Mapping[str, Any], name: str) -> Iterator[Block]:
+    yield Heading(section["title"])
+    if section["text"]:
+        yield section["text"]
+    if section["paper"]["place"]:
+        yield f"The paper: {section['paper']['place']}. {section['paper']['remark']}".strip()
+    yield _figures(section)
+    for order in section["orders"]:
+        yield (
+            f"Order, {order['column']}. Ours: {' > '.join(order['ours'])}. Paper: {' > '.join(order['paper'])}. "
+            f"Kendall's tau {order['kendall_tau']:.2f}."
+        )
+    for line in section["lines"]:
+        yield _line(line, section["x"])
+    if section["claims"]:
+        yield _claims(section["claims"])
+    for kind, png in _plots(section):
+        yield Plot(f"{name}-{kind.replace(' ', '-')}", f"{section['title']}: {kind}", png)
+
+
+def _figures(section: Mapping[str, Any]) -> Table:
+    head = [section["x"]] if section["x"] else []
+    for number, column in enumerate(section["columns"]):
+        head.append(column["title"])
+        if any(row["paper"][number] is not None for row in section["rows"]):
+            head.append(f"paper: {column['paper']}")
+    rows = []
+    for row in section["rows"]:
+        cells = [row["label"]] + ([f"{row['x']:g}"] if section["x"] else [])
+        for number, estimate in enumerate(row["figures"]):
+            cells.append(_estimate(estimate))
+            if any(one["paper"][number] is not None for one in section["rows"]):
+                cells.append("" if row["paper"][number] is None else f"{row['paper'][number]:.1f}")
+        rows.append([*cells, _share(row["swap_consistency"]), _share(row["prefers_a"])])
+    return Table(["", *head, "same in both orders", "prefers A"], rows)
+
+
+def _claims(claims: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [
+        [
+            claim["row"],
+            claim["column"],
+            "" if claim["paper"] is None else f"{claim['paper']:+.1f}",
+            _estimate({name: 100 * value for name, value in claim["ours"].items()}, "+.1f"),
+            claim["verdict"] or "",
+        ]
+        for claim in claims
+    ]
+    return Table([f"less {claims[0]['reference']}", "", "paper, points", "ours, points", ""], rows)
+
+
+def _line(line: Mapping[str, Any], axis: str) -> str:
+    first, last = line["ends"]
+    told = f"{line['line']}, {line['column']}: best at {axis} {line['best']:g}"
+    if line["end_less_beginning"]:
+        told += f"; at {last:g} less at {first:g}: {_estimate(line['end_less_beginning'], '+.3f')}"
+    if line["paper_best"] is not None:
+        told += f"; the paper's best is {line['paper_best']:g}"
+        if line["paper_best_less_best"] and line["paper_best"] != line["best"]:
+            told += f", which is here {_estimate(line['paper_best_less_best'], '+.3f')} to our best"
+    return told + "."
+
+
+def _best_of_n(curves: Mapping[str, Mapping[int, list[dict[str, float]]]]) -> Iterator[Block]:
+    """Means over seeds; the intervals over prompts are in each model's own report."""
+    yield Heading("Best of n (section 4.4)")
+    yield "Oracle score of the response that a variant chooses among n, mean over prompts and seeds, against KL."
+    means = {
+        name: [sum(curve[place]["oracle"] for curve in by_seed.values()) / len(by_seed) for place in range(_shortest(by_seed))]
+        for name, by_seed in curves.items()
+    }
+    kls = [point["kl"] for point in max((next(iter(one.values())) for one in curves.values()), key=len)]
+    rows = [
+        [str(n), f"{kl:.3f}", *(f"{values[n - 1]:.3f}" if n <= len(values) else "–" for values in means.values())]
+        for n, kl in enumerate(kls, 1)
+    ]
+    yield Table(["n", "KL", *means], rows)
+    figure, axes = new_figure(6.0, 4.0)
+    for colour, (name, values) in zip(_colours(len(means)), means.items()):
+        axes.plot(kls[: len(values)], values, "o-", color=colour, markersize=3, label=name)
+    axes.set(xlabel="KL = log n - (n - 1) / n", ylabel="oracle score of the best of n")
+    axes.legend(frameon=False, fontsize=8)
+    yield Plot("best-of-n", "Best of n: oracle score against KL", png_of(figure))
+
+
+def _shortest(by_seed: Mapping[int, list]) -> int:
+    return min(map(len, by_seed.values()))
+
+
+def _plots(section: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+    """(column, plot) of the means over each kind of set."""
+    for number, column in enumerate(section["columns"]):
+        rows = [row for row in section["rows"] if row["figures"][number] is not None]
+        if rows and column["title"] in KINDS.values():
+            yield column["title"], (_line_plot if section["x"] else _row_plot)(rows, number, section["x"])
+
+
+def _row_plot(rows: Sequence[Mapping[str, Any]], number: int, _: str) -> bytes:
+    figure, axes = new_figure(6.0, max(2.0, 0.35 * len(rows) + 1.0))
+    for place, row in enumerate(rows):
+        estimate = row["figures"][number]
+        axes.plot([estimate["low"], estimate["high"]], [place, place], color=COLOURS[0], linewidth=2)
+        axes.plot(estimate["mean"], place, "o", color=COLOURS[0])
+    axes.axvline(0.5, color=GREY, linewidth=0.8, linestyle="--")
+    axes.set(yticks=range(len(rows)), yticklabels=[row["label"] for row in rows], xlabel="accuracy")
+    axes.invert_yaxis()
+    return png_of(figure)
+
+
+def _line_plot(rows: Sequence[Mapping[str, Any]], number: int, axis: str) -> bytes:
+    figure, axes = new_figure(6.0, 4.0)
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    for colour, label in zip(_colours(len(labels)), labels):
+        own = [(row["x"], row["figures"][number]) for row in rows if row["label"] == label]
+        places = [x for x, _ in own]
+        axes.fill_between(places, [one["low"] for _, one in own], [one["high"] for _, one in own], color=colour, alpha=0.15)
+        axes.plot(places, [one["mean"] for _, one in own], "o-", color=colour, label=label)
+    axes.axhline(0.5, color=GREY, linewidth=0.8, linestyle="--")
+    axes.set(xlabel=axis, ylabel="accuracy")
+    axes.legend(frameon=False, fontsize=8)
+    return png_of(figure)
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[number % len(COLOURS)] for number in range(count)]
+
+
+def _estimate(estimate: Optional[Mapping[str, float]], form: str = ".3f") -> str:
+    if estimate is None:
+        return "–"
+    return f"{estimate['mean']:{form}} ({estimate['low']:{form}} to {estimate['high']:{form}})"
+
+
+def _share(value: Optional[float]) -> str:
+    return "–" if value is None else f"{value:.2f}"
