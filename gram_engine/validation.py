@@ -264,6 +264,11 @@ def _check_run(config: Config):
         f"--lr-warmup-fraction {training.lr_warmup_fraction} must be in [0, 1)."
     )
     yield checkpoint.save_interval is not None and checkpoint.save is None, "--save-interval needs --save FOLDER."
+    for flag, number in (("--keep-last", checkpoint.keep_last), ("--keep-every", checkpoint.keep_every)):
+        yield number is not None and number < 1, f"{flag} {number} must be at least 1. Leave it out to keep all checkpoints."
+    yield checkpoint.keep_every is not None and checkpoint.keep_last is None, (
+        f"--keep-every {checkpoint.keep_every} is an exception to --keep-last: give that too, or neither to keep all."
+    )
     yield bool(config.model.load_hf) and bool(checkpoint.pretrained_checkpoint), (
         "--load-hf and --pretrained-checkpoint are two starting points: give one."
     )

@@ -31,7 +31,11 @@ def tiny_data(tmp_path_factory):
 
     Keys: tokenizer (SentencePiece file), jsonl, stage1, stage2 (prefixes), longest (tokens of the longest sample).
     """
-    folder = tmp_path_factory.mktemp("tiny")
+    return make_tiny_data(tmp_path_factory.mktemp("tiny"))
+
+
+def make_tiny_data(folder) -> dict:
+    """What the fixture `tiny_data` gives."""
     jsonl = folder / "pairs.jsonl"
     write_pairs(jsonl, rows=48)
     tokenizer = train_tokenizer(jsonl, folder / "tokenizer.model")

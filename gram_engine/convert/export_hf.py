@@ -30,6 +30,7 @@ from gram_engine.training.checkpoint_folder import (
     latest_checkpoint,
     run_config_of,
 )
+from gram_engine.training.integrity import DamagedCheckpoint, verify
 
 
 def export_hf(
@@ -54,7 +55,7 @@ def export_hf(
         evaluation: JSON report whose figures go into the model card.
 
     Raises:
-        CheckpointError: no checkpoint, a tensor is missing, or what was written differs.
+        CheckpointError: no checkpoint, one of its files is damaged, a tensor is missing, or what was written differs.
         ConfigError: `folder` exists, the checkpoint has no such head, or the disk has too little room.
     """
     path, folder = _checkpoint_path(Path(checkpoint)), Path(folder)
@@ -62,6 +63,7 @@ def export_hf(
         raise ConfigError(f"{folder} exists. Remove it, or give another --save.")
     if evaluation:
         read_evaluation(evaluation)
+    _refuse_damage(path, processes)
     config = run_config_of(path)
     head = _head_of(config, path, head)
     stored = TorchDistCheckpoint(path).shape_and_dtype("decoder.final_layernorm.weight", None)[1]
@@ -100,6 +102,13 @@ def _head_of(config: Config, path: Path, wanted: Optional[str]) -> str:
             f"what it has: {own}."
         )
     return wanted or own
+
+
+def _refuse_damage(path: Path, threads: int) -> None:
+    try:
+        verify(path, threads=threads)
+    except DamagedCheckpoint as error:
+        raise CheckpointError(f"{error} Restore it, or give an older checkpoint: --load {path.parent}/iter_...") from None
 
 
 def _jobs(path: Path, folder: Path, model, dtype: torch.dtype, head: str) -> list[Job]:

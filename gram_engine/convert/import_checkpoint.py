@@ -24,6 +24,7 @@ from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import CheckpointError, ConfigError
 from gram_engine.fileio import write_atomically
 from gram_engine.training.checkpoint_folder import iteration_folder, publish, write_companions
+from gram_engine.training.integrity import seal
 from gram_engine.validation import resolve_shape
 
 LINEAR = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
@@ -69,10 +70,11 @@ def import_checkpoint(
     temporary.mkdir(parents=True)
     try:
         places = run_jobs(_write, jobs, processes, "write")
-        write_companions(temporary, config, manifest)
+        write_companions(temporary, config, manifest, _tokenizer(config))
         _complete(temporary, config, dtype, {place: where for of_file in places for place, where in of_file.items()})
         if verify:
             run_jobs(_verify, jobs, processes, "verify")
+        seal(temporary, {}, processes)
         publish(temporary, final)
     except BaseException:
         shutil.rmtree(save, ignore_errors=True)
@@ -82,11 +84,14 @@ def import_checkpoint(
 
 def _manifest(config: Config) -> dict:
     template = JudgeTemplate.load(config.data.template)
-    tokenizer = Tokenizer.load(config.data.tokenizer_type, config.data.tokenizer_model)
     return {
         "template": {**template.to_dict(), "sha256": template.sha256},
-        "label_ids": list(label_ids(tokenizer, template)),
+        "label_ids": list(label_ids(_tokenizer(config), template)),
     }
+
+
+def _tokenizer(config: Config) -> Tokenizer:
+    return Tokenizer.load(config.data.tokenizer_type, config.data.tokenizer_model)
 
 
 def _tensors(job: Job) -> Iterator[tuple[Key, Tensor]]:

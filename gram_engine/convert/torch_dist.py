@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Iterable
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from gram_engine.errors import CheckpointError
 from gram_engine.fileio import write_atomically
+from gram_engine.training.safe_pickle import read_metadata, shard_path
 
 UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
 Key = tuple[str, int | None]
@@ -36,10 +36,7 @@ class TorchDistCheckpoint:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            self._metadata = dcp.FileSystemReader(path).read_metadata()
-        except UNREADABLE as error:
-            raise CheckpointError(f"{path}: its .metadata cannot be read: {error}. Use another checkpoint.") from error
+        self._metadata = read_metadata(path)
 
     def shape_and_dtype(self, key: str, layer: int | None) -> tuple[tuple[int, ...], torch.dtype]:
         """Of one whole tensor.
@@ -84,10 +81,8 @@ class TorchDistCheckpoint:
         stored = self._metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
         if stored is None:
             raise CheckpointError(f"{self.path}: its .metadata does not say where {key} lies. Use another checkpoint.")
-        path = self.path / stored.relative_path
+        path = shard_path(self.path, stored)
         try:
-            if path.parent != self.path:
-                raise ValueError(f"{stored.relative_path} lies outside the checkpoint")
             with open(path, "rb") as handle:
                 view = _create_file_view(handle, stored.offset, stored.length)
                 part = torch.load(view, map_location="cpu", weights_only=True)

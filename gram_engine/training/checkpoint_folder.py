@@ -1,48 +1,90 @@
 """The folder of a run's checkpoints, without megatron-core: names of its files, how one becomes visible, what lies beside.
 
     FOLDER/latest_checkpointed_iteration.txt    written last
-    FOLDER/iter_0000100/                        written as iter_0000100.tmp, renamed when whole
+    FOLDER/iter_0000100/                        written as iter_0000100.NAME.tmp, renamed when whole
         __0_0.distcp ... .metadata common.pt    model and optimizer (sharded), schedule and position
         run_config.yaml data_manifest.json template.yaml tokenizer/
         source/                                 config.json and generation_config.json of the Hugging Face folder it began from
+        integrity.json                          size and checksum of every file (integrity.py)
+    FOLDER/iter_0000100.old/                    for a moment, while step 100 is saved anew
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import os
+import re
 import shutil
+import warnings
 from pathlib import Path
+from typing import Collection
 
 from gram_engine.command_line import load_yaml
 from gram_engine.config import Config
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
-from gram_engine.errors import CheckpointError
-from gram_engine.fileio import write_atomically
+from gram_engine.errors import CheckpointError, ConfigError
+from gram_engine.fileio import fsync, write_atomically
+from gram_engine.training.integrity import INTEGRITY, METADATA, DamagedCheckpoint
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_CONFIG, DATA_MANIFEST, TEMPLATE, TOKENIZER = "run_config.yaml", "data_manifest.json", "template.yaml", "tokenizer"
 SOURCE = "source"
 SOURCE_FILES = ("config.json", "generation_config.json")
+NAME = re.compile(r"iter_(\d{7,})(\.old)?")
+
+
+def checkpoint_folders(folder: str | Path) -> list[Path]:
+    """Checkpoints of a run, whole or damaged, in the order in which to try them; `folder` itself where it is one.
+
+    First comes the one that the tracker file names (also when it is missing), then those before it, newest first, then
+    those after it: somebody went back behind them, or a kill came just before the tracker was written.
+    """
+    folder = Path(folder)
+    if any((folder / name).is_file() for name in (METADATA, INTEGRITY, RUN_CONFIG)):
+        return [folder]
+    found: dict[int, Path] = {}
+    for entry in sorted(folder.glob("iter_*")):
+        match = NAME.fullmatch(entry.name)
+        if match and entry.is_dir():
+            found.setdefault(int(match[1]), entry)  # .old, sorted behind, counts where the other is missing
+    latest = _tracked(folder / TRACKER, max(found, default=None))
+    if latest is None:
+        return []
+    found.setdefault(latest, iteration_folder(folder, latest))
+    return [found[number] for number in sorted(found, key=lambda number: (number > latest, -number))]
+
+
+def _tracked(tracker: Path, newest: int | None) -> int | None:
+    """The step that the tracker file names; the newest where there is no such file, or not with a number in it."""
+    if not tracker.is_file():
+        return newest
+    content = tracker.read_bytes().strip()
+    if content.isdigit():
+        return int(content)
+    if newest is None:
+        raise CheckpointError(f"{tracker} holds no number but {content[:20]!r}, and there is no checkpoint beside it.")
+    warnings.warn(f"{tracker} holds no number but {content[:20]!r}: the newest checkpoint counts, step {newest}.", stacklevel=3)
+    return newest
+
+
+def candidates(folder: str | Path) -> list[Path]:
+    """The complete checkpoints among `checkpoint_folders`, in its order; [] where no run has saved anything yet.
+
+    Raises:
+        CheckpointError: runs have saved here, but no checkpoint is complete.
+    """
+    found = checkpoint_folders(folder)
+    complete = [path for path in found if (path / METADATA).is_file()]
+    if found and not complete:
+        raise CheckpointError(f"{found[0]} is missing or incomplete, and there is no other. Restore it, or use another folder.")
+    return complete
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint that the tracker file names, or `folder` itself where it is one; None where there is none.
-
-    Raises:
-        CheckpointError: the tracker names a checkpoint that is not there.
-    """
-    folder = Path(folder)
-    if (folder / ".metadata").is_file():
-        return folder
-    tracker = folder / TRACKER
-    if not tracker.is_file():
-        return None
-    found = iteration_folder(folder, int(tracker.read_text()))
-    if not (found / ".metadata").is_file():
-        raise CheckpointError(f"{tracker} names {found.name}, which is missing or incomplete. Write another number there.")
-    return found
+    """The checkpoint that is tried first, whole or not; None where no run has saved anything yet."""
+    return next(iter(checkpoint_folders(folder)), None)
 
 
 def iteration_folder(folder: str | Path, iteration: int) -> Path:
@@ -51,11 +93,28 @@ def iteration_folder(folder: str | Path, iteration: int) -> Path:
 
 
 def run_config_of(checkpoint: str | Path) -> Config:
-    """The resolved configuration that a checkpoint was saved with."""
-    return load_yaml(Path(checkpoint) / RUN_CONFIG)
+    """The resolved configuration that a checkpoint was saved with.
+
+    Raises:
+        DamagedCheckpoint: the file is missing, damaged, or not of this engine.
+    """
+    path, complaint = Path(checkpoint) / RUN_CONFIG, io.StringIO()
+    if not path.is_file():
+        raise DamagedCheckpoint(f"{path} is missing.")
+    try:
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
+            config = load_yaml(path)
+        if config.model.num_layers is not None:
+            return config
+        reason = "it describes no model"
+    except (ConfigError, OSError, ValueError, AttributeError) as error:
+        reason = str(error)
+    except SystemExit:  # a value that its flag does not take, or a flag among the values
+        reason = "a value does not fit its key"
+    raise DamagedCheckpoint(f"{path} is damaged, or not of this engine ({reason}).")
 
 
-def write_companions(folder: Path, config: Config, manifest: dict) -> None:
+def write_companions(folder: Path, config: Config, manifest: dict, tokenizer: Tokenizer) -> None:
     """What a checkpoint needs beside its tensors to be understood, and exported, later."""
     config.save(folder / RUN_CONFIG)
     with write_atomically(folder / DATA_MANIFEST) as handle:
@@ -63,7 +122,7 @@ def write_companions(folder: Path, config: Config, manifest: dict) -> None:
     template = {key: value for key, value in manifest["template"].items() if key != "sha256"}
     with write_atomically(folder / TEMPLATE) as handle:
         handle.write(JudgeTemplate.from_dict(template, DATA_MANIFEST).to_yaml())
-    Tokenizer.load(config.data.tokenizer_type, config.data.tokenizer_model).save_pretrained(folder / TOKENIZER)
+    tokenizer.save_pretrained(folder / TOKENIZER)
     source = _source(config)
     if source is not None:
         (folder / SOURCE).mkdir()
@@ -77,27 +136,50 @@ def _source(config: Config) -> Path | None:
     if config.model.load_hf:
         return Path(config.model.load_hf)
     for start in filter(None, (config.checkpoint.load, config.checkpoint.pretrained_checkpoint)):
-        found = latest_checkpoint(start)
-        if found is not None:
-            return found / SOURCE if (found / SOURCE).is_dir() else None
+        found = checkpoint_folders(start)
+        if found:
+            return next((path / SOURCE for path in found if (path / SOURCE).is_dir()), None)
     return None
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Give a whole checkpoint its name, then point the tracker at it."""
+    """Give a whole checkpoint, which is on disk, its name; then point the tracker at it."""
     replaced = final.with_suffix(".old")
     if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     temporary.rename(final)
-    _fsync_folder(final.parent)
+    fsync(final.parent)
     with write_atomically(final.parent / TRACKER) as handle:
         handle.write(str(int(final.name.removeprefix("iter_"))))
+    fsync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def remove_leftovers(folder: Path) -> None:
+    """Tidy up after a process that was killed while it saved, or while it removed an old checkpoint."""
+    for entry in folder.glob("iter_*.tmp"):
+        shutil.rmtree(entry, ignore_errors=True)
+    for entry in folder.glob(f".{TRACKER}.*.tmp"):
+        entry.unlink(missing_ok=True)
+    for entry in folder.glob("iter_*.old"):
+        final = entry.with_suffix("")
+        if final.exists():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.rename(final)
+
+
+def prune(folder: Path, keep_last: int | None, keep_every: int | None, protected: Collection[Path]) -> None:
+    """Remove complete checkpoints but the newest `keep_last`, those of multiples of `keep_every`, and the protected."""
+    if keep_last is None:
+        return
+    named = [NAME.fullmatch(path.parent.name) for path in folder.glob(f"iter_*/{METADATA}")]
+    numbers = [int(match[1]) for match in named if match and not match[2]]
+    kept = set(sorted(numbers)[-keep_last:]) | {number for number in numbers if keep_every and number % keep_every == 0}
+    safe = {path.resolve() for path in protected}
+    for number in sorted(set(numbers) - kept):
+        path = iteration_folder(folder, number)
+        if path.resolve() not in safe:
+            unnamed = path.rename(path.with_suffix(".pruned.tmp"))  # never half a checkpoint under a checkpoint's name
+            shutil.rmtree(unnamed, ignore_errors=True)

@@ -184,7 +184,7 @@ class Trainer:
 
     def _resume(self) -> TrainState:
         folder = self.config.checkpoint.load
-        if folder is None or checkpoints.latest_checkpoint(folder) is None:
+        if folder is None or not checkpoints.candidates(folder):
             if folder is not None:
                 log(f"{folder} holds no checkpoint yet: starting afresh")
             return TrainState()

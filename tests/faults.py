@@ -1,0 +1,481 @@
+"""Faults that checkpoints must survive: how each is injected, and what must hold after it.
+
+    python -m tests.faults                     tries every fault and prints the table of examples/faults.md
+    GRAM_FAULTS=long python -m tests.faults    more of each, and runs of two processes
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterator
+
+from tests.hand_made import in_child, in_world, load, meant, quick_run_config_of, save, start_world, with_flags
+
+LONG = os.environ.get("GRAM_FAULTS") == "long"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One kind of fault. `inject(lab)` tries all its cases and yields what each led to; it raises where a state is lost."""
+
+    name: str
+    how: str
+    at_least: int
+    inject: Callable[[Lab], Iterator[str]]
+
+
+class Lab:
+    """A folder with whole checkpoints of steps 1 and 2, of which every case gets a copy."""
+
+    def __init__(self, folder: Path, config):
+        self.folder, self.config = folder, config
+        self.base = folder / "base"
+        _, self.meant = in_child(self._prepare)
+        quick_run_config_of(self.base / "iter_0000001")  # once, and not in every child
+
+    def _prepare(self) -> dict:
+        for step in (1, 2):
+            save(with_flags(self.config, self.base), step)
+        return {(step, seed): meant(self.config, step, seed) for step in range(12) for seed in (0, 1)}
+
+    def copy(self) -> Path:
+        return Path(shutil.copytree(self.base, Path(tempfile.mkdtemp(dir=self.folder)) / "run"))
+
+    def flags(self, folder: Path, **options):
+        return with_flags(self.config, folder, **options)
+
+    def check(self, folder: Path, allowed: dict[str, str]) -> str:
+        """In a child: one of the `allowed` states (digest: its name) is loaded, nothing looks whole that is not, and saving
+        goes on. Returns the state's name."""
+        from gram_engine.training.checkpoint_folder import candidates
+        from gram_engine.training.integrity import verify
+
+        found = load(self.flags(folder))[0]
+        assert found in allowed, f"{folder}: lost"
+        assert all(verify(path) for path in candidates(folder)), f"{folder}: a checkpoint looks whole and is not"
+        save(self.flags(folder), 9)
+        assert load(self.flags(folder))[0] == self.meant[9, 0]
+        assert not [path for path in folder.iterdir() if path.suffix in (".tmp", ".old")], f"{folder}: leftovers"
+        shutil.rmtree(folder.parent)
+        return allowed[found]
+
+    def check_all(self, cases: list[tuple[Path, dict[str, str]]]) -> list[str]:
+        """`check` of each, in one child."""
+        status, outcomes = in_child(lambda: [self.check(*case) for case in cases])
+        assert status == 0
+        return outcomes
+
+    def before_or_new(self, step: int = 3, seed: int = 0) -> dict[str, str]:
+        return {self.meant[2, 0]: "the step before", self.meant[step, seed]: "the new step"}
+
+
+class Trap:
+    """Springs at the n-th call that changes something below a folder: open for writing, write, fsync, mkdir, rename, remove.
+
+    Set it in a forked child only: Python's audit hooks stay for good.
+    """
+
+    def __init__(self, folder: Path, only_in_children: bool = False):
+        self.folder, self.only_in_children = str(folder), only_in_children
+        self.process, self.seen, self.at, self.spring = os.getpid(), 0, None, None
+        sys.addaudithook(self._hook)
+        self._watch_fsync_and_writes()
+
+    def set(self, folder: Path, at: int | None, spring: Callable[[str], None] | None) -> None:
+        self.folder, self.seen, self.at, self.spring = str(folder), 0, at, spring
+
+    def _watch_fsync_and_writes(self) -> None:
+        from gram_engine.training.integrity import SummedFile
+
+        fsync, write = os.fsync, SummedFile.write
+
+        def watched_fsync(descriptor):
+            self._count("fsync")
+            fsync(descriptor)
+
+        def watched_write(file, data):
+            if len(data) > 64:
+                try:
+                    self._count("write")
+                except OSError:
+                    write(file, memoryview(data)[: len(data) // 2])  # what fits
+                    raise
+            return write(file, data)
+
+        os.fsync, SummedFile.write = watched_fsync, watched_write
+
+    def _hook(self, event: str, args: tuple) -> None:
+        if self.at is not None and self._changes(event, args):
+            self._count(event)
+
+    def _changes(self, event: str, args: tuple) -> bool:
+        if event == "open":
+            return str(args[0]).startswith(self.folder) and bool(args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        if event in ("os.mkdir", "os.rename"):
+            return str(args[0]).startswith(self.folder)
+        # shutil.rmtree names files by their folder's descriptor
+        return event in ("os.remove", "os.rmdir") and (str(args[0]).startswith(self.folder) or args[-1] != -1)
+
+    def _count(self, event: str) -> None:
+        if self.at is None or (self.only_in_children and os.getpid() == self.process):
+            return
+        self.seen += 1
+        if self.seen == self.at:
+            self.spring(event)
+        elif self.seen > self.at and getattr(self.spring, "stays", False):
+            self.spring(event)
+
+
+def die(_event: str) -> None:
+    """As kill -9: nothing is flushed, nothing is tidied up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def disk_full(event: str) -> None:
+    if event in ("open", "write", "os.mkdir", "fsync"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+disk_full.stays = True
+
+
+def io_error(_event: str) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def calls_of(lab: Lab, task: Callable[[Path], None], only_in_children: bool = False) -> int:
+    """How many calls a task makes that a trap could spring at."""
+
+    def count() -> int:
+        folder = lab.copy()
+        trap = Trap(folder, only_in_children)
+        trap.set(folder, -1, None)
+        task(folder)
+        return trap.seen
+
+    return in_child(count)[1]
+
+
+def kill_while_saving(lab: Lab) -> Iterator[str]:
+    """New step with pruning of an old one and with leftovers of an earlier kill; then step 2 anew, with another state."""
+    for step, seed, every in ((3, 0, 1), (2, 1, 1 if LONG else 4)):
+
+        def task(folder: Path, step=step, seed=seed) -> None:
+            (folder / "iter_0000003.1.tmp").mkdir()
+            (folder / "iter_0000003.1.tmp" / "__0_0.distcp").touch()
+            save(lab.flags(folder, keep_last=2), step, seed)
+
+        def killed(folder: Path, at: int, task=task) -> None:
+            Trap(folder).set(folder, at, die)
+            task(folder)
+
+        cases = []
+        for at in range(1, calls_of(lab, task) + 1, every):
+            folder = lab.copy()
+            status, _ = in_child(killed, folder, at)
+            assert status == -signal.SIGKILL
+            cases.append((folder, lab.before_or_new(step, seed)))
+        yield from lab.check_all(cases)
+
+
+def kill_at_random(lab: Lab) -> Iterator[str]:
+    """The process saves one step after the other; what it has said to be saved must be there."""
+    context = multiprocessing.get_context("fork")
+
+    def run(folder: Path, said, async_save: bool) -> None:
+        os.setsid()
+        start_world()
+        saver = None
+        said.send(2)
+        for step in range(3, 9):
+            saver = save(lab.flags(folder, async_save=async_save), step, saver=saver)
+            saver.finish()
+            said.send(step)
+
+    cases = []
+    for case in range(200 if LONG else 10):
+        folder, draw = lab.copy(), random.Random(case)
+        heard, said = context.Pipe(duplex=False)
+        process = context.Process(target=run, args=(folder, said, case % 2 == 1))
+        process.start()
+        said.close()
+        last = heard.recv()
+        time.sleep(draw.uniform(0, 0.4))
+        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(EOFError):
+            while True:
+                last = heard.recv()
+        process.join()
+        allowed = {lab.meant[last, 0]: "the last step that it said to be saved"}
+        cases.append((folder, {lab.meant[last + 1, 0]: "the step after that"} | allowed))
+    yield from lab.check_all(cases)
+
+
+def kill_the_writer(lab: Lab) -> Iterator[str]:
+    """--async-save: the process that writes is killed; training hears of it, and can save again."""
+    yield from _in_the_writer(lab, die, "ended with -9")
+
+
+def full_disk_in_the_writer(lab: Lab) -> Iterator[str]:
+    """--async-save: no room in the process that writes."""
+    yield from _in_the_writer(lab, disk_full, "No space left on device")
+
+
+def _in_the_writer(lab: Lab, spring: Callable[[str], None], message: str) -> Iterator[str]:
+    from gram_engine.errors import CheckpointError
+
+    def attempt(at: int) -> str | None:
+        folder = lab.copy()
+        trap = Trap(folder, only_in_children=True)
+        trap.set(folder, at, spring)
+        saver = save(lab.flags(folder, async_save=True), 3)
+        try:
+            saver.close()
+        except CheckpointError as error:
+            assert message in str(error) and "iter_0000003 cannot be saved" in str(error), error
+            assert not list(folder.glob("*.tmp"))
+            trap.set(folder, None, None)
+            return lab.check(folder, {lab.meant[2, 0]: "CheckpointError, the step before"})
+        return None
+
+    for at in itertools.count(1, 1 if LONG else 3):
+        _, outcome = in_child(attempt, at)
+        if outcome is None:  # behind the writer's last call
+            return
+        yield outcome
+
+
+def kill_the_trainer_while_the_writer_works(lab: Lab) -> Iterator[str]:
+    """--async-save: the writer goes on alone and publishes nothing; the next run is not disturbed by it."""
+    from gram_engine.training import checkpoint_writer
+
+    def run(folder: Path, seconds: float) -> None:
+        write = checkpoint_writer.Writing._write
+
+        def slowly(*arguments):
+            time.sleep(0.1)
+            write(*arguments)
+
+        checkpoint_writer.Writing._write = slowly
+        save(lab.flags(folder, async_save=True), 3)
+        time.sleep(seconds)
+        die("")
+
+    cases = []
+    for seconds in (0, 0.05, 0.1, 0.15) * (5 if LONG else 1):
+        folder = lab.copy()
+        assert in_child(run, folder, seconds)[0] == -signal.SIGKILL
+        cases.append((folder, {lab.meant[2, 0]: "the step before"}))
+    yield from lab.check_all(cases)
+
+
+def kill_one_of_two(lab: Lab) -> Iterator[str]:
+    """Two processes save; one is killed, the other hears of it from gloo. One process goes on."""
+
+    def run(folder: Path, victim: int, at: int) -> None:
+        if int(os.environ["RANK"]) == victim:
+            Trap(folder).set(folder, at, die)
+        with contextlib.suppress(RuntimeError):  # gloo: connection closed by peer
+            save(lab.flags(folder), 3)
+
+    cases = []
+    for at in range(1, 40, 1 if LONG else 10):
+        for victim in (0, 1):
+            folder = lab.copy()
+            in_world(2, folder.parent / "store", run, folder, victim, at)
+            cases.append((folder, lab.before_or_new()))
+    yield from lab.check_all(cases)
+
+
+def failing_calls(lab: Lab) -> Iterator[str]:
+    """A full disk from some call on; a device error at one call."""
+    from gram_engine.errors import CheckpointError
+
+    def task(folder: Path) -> None:
+        save(lab.flags(folder, keep_last=2), 3)
+
+    def attempt(cases: list[tuple]) -> list[str]:
+        trap, outcomes = Trap(lab.folder), []
+        for at, spring in cases:
+            folder = lab.copy()
+            trap.set(folder, at, spring)
+            allowed = {lab.meant[3, 0]: "saved all the same"}
+            try:
+                task(folder)
+            except CheckpointError as error:
+                assert "cannot be saved" in str(error) and "go on with --load" in str(error), error
+                allowed = {digest: f"CheckpointError, {name}" for digest, name in lab.before_or_new().items()}
+            trap.set(folder, None, None)
+            outcomes.append(lab.check(folder, allowed))
+        return outcomes
+
+    calls = calls_of(lab, task)
+    every = 1 if LONG else 3
+    cases = [(at, disk_full) for at in range(1, calls + 1, every)] + [(at, io_error) for at in range(2, calls + 1, every)]
+    yield from in_child(attempt, cases)[1]
+
+
+def file_size_limit(lab: Lab) -> Iterator[str]:
+    """The kernel refuses writes beyond a size, or kills for them, in any language's code."""
+    from gram_engine.errors import CheckpointError
+
+    def run(folder: Path, limit: int, kills: bool, async_save: bool) -> str:
+        if kills:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            save(lab.flags(folder, async_save=async_save), 3).close()
+        except CheckpointError as error:
+            assert "cannot be saved" in str(error), error
+            return "CheckpointError"
+        return "saved"
+
+    cases = []
+    for limit in (0, 1, 500, 1_000, 2_000, 10_000, 20_000, 22_000, 24_000, 26_000, 28_000)[:: 1 if LONG else 2]:
+        for kills in (False, True):
+            for async_save in (False, True):
+                folder = lab.copy()
+                status, outcome = in_child(run, folder, limit, kills, async_save)
+                assert outcome == "CheckpointError" or (outcome is None and status == -signal.SIGXFSZ), (status, outcome)
+                cases.append((folder, {lab.meant[2, 0]: f"{outcome or 'killed'}, the step before"}))
+    yield from lab.check_all(cases)
+
+
+def damaged_files(lab: Lab) -> Iterator[str]:
+    """Every file of the newest checkpoint, damaged in every way."""
+    newest = lab.base / "iter_0000002"
+    names = [str(path.relative_to(newest)) for path in sorted(newest.rglob("*")) if path.is_file()]
+    cases = [(name, how, seed) for name in names for how in DAMAGE for seed in range(10 if LONG else 1)]
+
+    def attempt() -> list[str]:
+        return [_damage_and_load(lab, *case) for case in cases]
+
+    yield from in_child(attempt)[1]
+
+
+def _damage_and_load(lab: Lab, name: str, how: str, seed: int) -> str:
+    folder = lab.copy()
+    path = folder / "iter_0000002" / name
+    DAMAGE[how](path, random.Random(f"{name} {how} {seed}"))
+    found, lines, used = load(lab.flags(folder))
+    if (name, how) == ("integrity.json", "missing"):
+        assert found == lab.meant[2, 0] and "without integrity.json" in "".join(lines)
+        outcome = "read unchecked, with a note"
+    else:
+        assert found == lab.meant[1, 0] and used.name == "iter_0000001", (name, how, lines)
+        assert lines[0].startswith("WARNING: DAMAGED CHECKPOINT") and path.name in lines[0], lines
+        assert "iter_0000001 is used instead" in lines[1], lines
+        outcome = "file named, the step before"
+    shutil.rmtree(folder.parent)
+    return outcome
+
+
+def _flip(path: Path, draw: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path, random.Random], object]] = {
+    "missing": lambda path, _: path.unlink(),
+    "empty": lambda path, _: path.write_bytes(b""),
+    "cut off": lambda path, draw: os.truncate(path, draw.randrange(1, path.stat().st_size)),
+    "one bit flipped": _flip,
+    "zeros": lambda path, _: path.write_bytes(bytes(path.stat().st_size)),
+}
+
+
+def damaged_folders(lab: Lab) -> Iterator[str]:
+    """The tracker and the folders themselves."""
+
+    def attempt() -> list[str]:
+        outcomes = []
+        for name, (change, step) in FOLDER_DAMAGE.items():
+            folder = lab.copy()
+            change(folder)
+            found, lines, _ = load(lab.flags(folder))
+            assert found == lab.meant[step, 0], (name, lines)
+            assert step == 2 or "WARNING: DAMAGED CHECKPOINT" in lines[0], (name, lines)
+            outcomes.append("the newest whole step")
+        return outcomes
+
+    yield from in_child(attempt)[1]
+
+
+TRACKER = "latest_checkpointed_iteration.txt"
+FOLDER_DAMAGE: dict[str, tuple[Callable[[Path], object], int]] = {
+    "newest removed": (lambda run: shutil.rmtree(run / "iter_0000002"), 1),
+    "newest empty": (lambda run: [shutil.rmtree(run / "iter_0000002"), (run / "iter_0000002").mkdir()], 1),
+    "newest a file": (lambda run: [shutil.rmtree(run / "iter_0000002"), (run / "iter_0000002").touch()], 1),
+    "files moved in from an older step": (
+        lambda run: shutil.copy(run / "iter_0000001/__0_0.distcp", run / "iter_0000002/__0_0.distcp"),
+        1,
+    ),
+    "tracker missing": (lambda run: (run / TRACKER).unlink(), 2),
+    "tracker empty": (lambda run: (run / TRACKER).write_text(""), 2),
+    "tracker garbage": (lambda run: (run / TRACKER).write_bytes(b"\xff\x00two"), 2),
+    "tracker names nothing": (lambda run: (run / TRACKER).write_text("7"), 2),
+    "replaced step left aside": (lambda run: (run / "iter_0000002").rename(run / "iter_0000002.old"), 2),
+}
+
+FAULTS = (
+    Fault("killed while it saves", "SIGKILL at every call that opens, writes, syncs, renames, removes", 100, kill_while_saving),
+    Fault("killed at any time", "SIGKILL of all processes after a random time", 8, kill_at_random),
+    Fault("`--async-save`: writer killed", "SIGKILL at every fourth call of the writer", 10, kill_the_writer),
+    Fault("`--async-save`: disk full", "ENOSPC from every fourth call of the writer on", 10, full_disk_in_the_writer),
+    Fault("`--async-save`: training killed", "SIGKILL while the writer works", 4, kill_the_trainer_while_the_writer_works),
+    Fault("two processes, one killed", "SIGKILL at every tenth call of the main process, or of the other", 8, kill_one_of_two),
+    Fault("disk full, device error", "ENOSPC from a call on, EIO at a call; every third call", 40, failing_calls),
+    Fault("write refused", "the kernel's limit on file sizes: EFBIG, or death by SIGXFSZ", 20, file_size_limit),
+    Fault("damaged file", "each file missing, empty, cut off, one bit flipped, zeros", 50, damaged_files),
+    Fault("damaged folder", "folder missing or mixed, tracker missing, empty, wrong", 9, damaged_folders),
+)
+
+
+def try_fault(fault_name: str, folder: Path, data: dict) -> Counter:
+    """All cases of one fault; how often each outcome came. Call it in a process without process groups."""
+    from gram_engine import platform
+
+    platform.initialise("cpu")
+    from gram_engine.training import checkpoint  # noqa: F401  imported once, here, and not in every child
+    from tests.tiny import tiny_config
+
+    lab = Lab(folder, tiny_config(data["stage2"], data["tokenizer"], "--num-layers 1"))
+    (fault,) = (fault for fault in FAULTS if fault.name == fault_name)
+    outcomes = Counter(fault.inject(lab))
+    assert outcomes.total() >= fault.at_least, outcomes
+    return outcomes
+
+
+def fault_rows() -> list[str]:
+    """A Markdown table: fault, how it was injected, times tried, outcomes. Tries them all."""
+    from tests.conftest import make_tiny_data
+
+    rows = ["| fault | how it is injected | times | what is loaded afterwards |", "|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as folder:
+        data = make_tiny_data(Path(folder))
+        for number, fault in enumerate(FAULTS):
+            (place := Path(folder) / str(number)).mkdir()
+            outcomes = try_fault(fault.name, place, data)
+            told = "; ".join(f"{count} x {outcome}" for outcome, count in outcomes.most_common())
+            rows.append(f"| {fault.name} | {fault.how} | {outcomes.total()} | {told} |")
+    return rows
+
+
+if __name__ == "__main__":
+    print("\n".join(fault_rows()))
