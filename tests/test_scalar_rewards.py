@@ -103,7 +103,8 @@ def test_packs_hold_both_texts_and_name_the_better_responses_tokens(plain, tiny_
     prompts = [plain.prefix_ids + plain.encode(f"{row['prompt']}\n\n") for row in (*ROWS, ROWS[2])]
     assert len(pack.sft_rows) == sum(len(text) - len(prompt) for text, prompt in zip(better, prompts))
     assert torch.equal(pack.tokens[pack.sft_rows + 1], pack.sft_targets)
-    assert "reward row" in "\n".join(describe(InspectArguments(str(tmp_path / "rows"))))
+    shown = "\n".join(describe(InspectArguments(str(tmp_path / "rows"))))
+    assert shown.count("reward row") == 6 and all(row[name] in shown for row in ROWS for name in names)
 
 
 def test_ready_made_rows_ties_and_rows_that_cannot_serve(tiny_data, tmp_path):
@@ -191,6 +192,9 @@ def test_from_rows_to_scores(pool, tiny_data, tmp_path, capsys):
     command.main(["--load", str(tmp_path / "again"), "--save", str(tmp_path / "hf2")])
     second = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf2").state_dict()
     assert all(torch.equal(tensor, second[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(SystemExit):
+        command.main(["import", "--hf-path", str(folder), "--megatron-path", str(tmp_path / "imported")])
+    assert "Start from it with --load-hf and --objective bradley-terry" in capsys.readouterr().err
 
 
 def trained_from(flags):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gram_engine.config import ModelConfig
-from gram_engine.convert.mapping import INDEX, OUTPUT, SINGLE, hf_shapes
+from gram_engine.convert.mapping import INDEX, OUTPUT, SCORE, SINGLE, hf_shapes
 from gram_engine.convert.safetensors_file import SafetensorsReader
 from gram_engine.errors import CheckpointError
 from gram_engine.fileio import read_json
@@ -37,6 +37,11 @@ class HuggingFaceFolder:
             CheckpointError: names every tensor that is missing or has no place, or the first of another shape.
         """
         wanted = hf_shapes(model)
+        if other_head is None and SCORE.engine in self.files:
+            raise CheckpointError(
+                f"{self.folder}: a ...ForSequenceClassification, which has {SCORE.engine} in place of an output layer. Start "
+                "from it with --load-hf and --objective bradley-terry (without --sft-loss-weight)."
+            )
         if other_head:
             wanted.pop(OUTPUT.hf[0], None)
             wanted[other_head] = (1, model.hidden_size)

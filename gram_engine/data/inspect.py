@@ -57,7 +57,7 @@ def describe(arguments: InspectArguments) -> Iterator[str]:
         f"{len(dataset)} samples; this pack: {len(pack.sample_ids)} samples, {len(pack.tokens)} tokens, "
         f"{len(pack.rows)} rows that predict"
     )
-    bounds = pack.cu_seqlens.tolist()
+    bounds = pack.cu_seqlens.tolist()[:: dataset.parts.shape[1]]
     for place, sample in enumerate(pack.sample_ids.tolist()):
         if not arguments.only_sample or sample == arguments.sample:
             yield from _describe_sample(dataset, tokenizer, pack, sample, bounds[place], bounds[place + 1])
