@@ -39,7 +39,7 @@ def describe_files(prefix: str | Path) -> dict[str, dict[str, Any]]:
     found = {}
     for ending in ENDINGS:
         path = Path(f"{prefix}{ending}")
-        found[ending] = {"bytes": path.stat().st_size, "crc32": " ".join(_block_checksums(path))}
+        found[ending] = {"bytes": path.stat().st_size, "crc32": " ".join(block_checksums(path))}
     return found
 
 
@@ -74,7 +74,7 @@ def check_files(prefix: str | Path, described: dict[str, dict[str, Any]], whole:
             raise DataError(f"{path}: {what}: has {size:,} bytes, not {wanted:,} as when it was written. {AGAIN}")
     for ending in ENDINGS if whole else (INDEX, SAMPLES):
         path = Path(f"{prefix}{ending}")
-        wanted, found = described[ending]["crc32"].split(" "), _block_checksums(path)
+        wanted, found = described[ending]["crc32"].split(" "), block_checksums(path)
         if found != wanted:
             block = next((number for number, pair in enumerate(zip(found, wanted)) if pair[0] != pair[1]), 0)
             raise DataError(
@@ -122,7 +122,7 @@ def _checksum(manifest: dict[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(manifest, sort_keys=True).encode()):08x}"
 
 
-def _block_checksums(path: Path) -> list[str]:
+def block_checksums(path: Path) -> list[str]:
     """CRC-32 of each block of BLOCK_BYTES, in hexadecimal, by as many threads as there are cores (8 at most)."""
     size = path.stat().st_size
     descriptor = os.open(path, os.O_RDONLY)
