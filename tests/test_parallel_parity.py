@@ -1,5 +1,7 @@
 """Losses and gradient norms at any layout equal one process's: both stages, packed, tied and untied embeddings."""
 
+from unittest import mock
+
 import pytest
 
 from tests.tiny import tiny_config, tiny_trainer, train_steps
@@ -67,10 +69,25 @@ def test_normed_queries_and_keys(layout, stage, pool, tiny_data, references):
     compare(layout, stage, "--untie-embeddings-and-output-weights False --qk-layernorm True", pool, tiny_data, references)
 
 
-def compare(layout, stage, model, pool, data, references):
+def curve_in_many_buckets(*run):
+    """As large models have them: each is gathered and reduced on its own."""
+    from gram_engine.training import optimizer
+
+    whole = optimizer.DistributedDataParallelConfig
+    with mock.patch.object(optimizer, "DistributedDataParallelConfig", lambda **fields: whole(**fields, bucket_size=1000)):
+        return curve(*run)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_overlaps_in_many_buckets(stage, pool, tiny_data, references):
+    tying = "--untie-embeddings-and-output-weights True"
+    compare("dp2-overlap", stage, tying, pool, tiny_data, references, curve_in_many_buckets)
+
+
+def compare(layout, stage, model, pool, data, references, run=curve):
     processes, flags = LAYOUTS[layout]
     expected = references(stage, model)
-    curves = pool.run(curve, processes, data[stage], data["tokenizer"], f"{flags} {STAGES[stage]} {model}")
+    curves = pool.run(run, processes, data[stage], data["tokenizer"], f"{flags} {STAGES[stage]} {model}")
     for found in curves:
         for (loss, norm), (expected_loss, expected_norm) in zip(found, expected, strict=True):
             assert loss == pytest.approx(expected_loss, rel=1e-5)

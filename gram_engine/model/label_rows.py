@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from gram_engine.model.attention import PackSequences, gather_keys, packed_attention
-from gram_engine.model.layers import RMSNorm
+from gram_engine.model.layers import RMSNorm, wait_for_parameters
 from gram_engine.model.lora import adapter_of
 
 
@@ -70,6 +70,7 @@ class LabelRowLayer(TransformerLayer):
     ) -> tuple[Tensor, None]:
         sequences, attention = packed_seq_params, self.self_attention
         rows = sequences.label_rows
+        wait_for_parameters(self.input_layernorm, attention.linear_qkv, attention.linear_proj)
         normed = F.rms_norm(hidden_states, hidden_states.shape[-1:], self._norm_weight(), self.config.layernorm_epsilon)
         adapter = adapter_of(attention.linear_qkv)
         update = None if adapter is None else adapter(normed)

@@ -32,6 +32,13 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
 
 
+def wait_for_parameters(*modules: torch.nn.Module) -> None:
+    """For modules whose weights are used without a call: DDP's pre-hooks wait for parameters that are being gathered."""
+    for module in modules:
+        for hook in module._forward_pre_hooks.values():
+            hook(module, ())
+
+
 def local_layer_spec(qk_layernorm: bool = False) -> ModuleSpec:
     """megatron-core's local layer with our norm and attention; checkpoint keys equal Transformer Engine's."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_layernorm)

@@ -10,6 +10,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 from torch.nn import Module
 
+from gram_engine.model.layers import wait_for_parameters
 from gram_engine.model.scalar_head import ScalarHead
 
 OutputProcessor = Callable[..., Any]
@@ -88,9 +89,7 @@ class RewardModel(GPTModel):
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs):
         if self._output_processor is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, **kwargs)
-        # The output layer is never called; DDP waits in its modules' pre-hooks for parameters that are being gathered.
-        for hook in self.output_layer._forward_pre_hooks.values():
-            hook(self.output_layer, ())
+        wait_for_parameters(self.output_layer)
         return self._output_processor(
             hidden_states=hidden_states, output_weight=self.output_weight(), context=self._output_processor_context
         )
