@@ -82,7 +82,8 @@ def meant(config, step: int, seed: int = 0) -> str:
 
 
 @functools.cache
-def _manifest_and_tokenizer(prefix: str, tokenizer_model: str) -> tuple:
+def manifest_and_tokenizer(prefix: str, tokenizer_model: str) -> tuple:
+    """What a saver needs of the data; the modules for it take seconds to import."""
     from gram_engine.data.dataset import PairDataset
     from gram_engine.data.tokenizer import Tokenizer
 
@@ -93,7 +94,7 @@ def new_saver(config):
     """A CheckpointSaver of this configuration."""
     from gram_engine.training.checkpoint import CheckpointSaver
 
-    manifest, tokenizer = _manifest_and_tokenizer(config.data.data_path, config.data.tokenizer_model)
+    manifest, tokenizer = manifest_and_tokenizer(config.data.data_path, config.data.tokenizer_model)
     saver = CheckpointSaver(config, manifest)
     saver.tokenizer = tokenizer
     return saver

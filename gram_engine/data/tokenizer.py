@@ -154,9 +154,16 @@ class Tokenizer:
         return found[0], found[1]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a Hugging Face tokenizer folder; AutoTokenizer loads it offline and encodes identically."""
+        """Write a Hugging Face tokenizer folder; AutoTokenizer loads it offline and encodes identically.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
         assert self.hf is not None, "a tokenizer in a worker process cannot be saved"
-        self.hf.save_pretrained(str(folder))
+        try:
+            self.hf.save_pretrained(str(folder))
+        except Exception as error:  # the tokenizers library has no class for what the disk refuses
+            raise error if isinstance(error, OSError) else OSError(f"{folder}: {error}") from error
 
 
 def _load_hugging_face(path: Path):

@@ -36,12 +36,15 @@ class SummedFile:
     def __init__(self, path: str | Path):
         self.handle: IO[bytes] = open(path, "wb")
         self.bytes = self.crc32 = 0
+        self.failure: OSError | None = None
 
     def __enter__(self) -> SummedFile:
         return self
 
     def __exit__(self, error, *_) -> None:
         with self.handle:
+            if self.failure:
+                raise self.failure from None
             if error is None:
                 self.handle.flush()
                 os.fsync(self.handle.fileno())
@@ -49,7 +52,11 @@ class SummedFile:
     def write(self, data) -> int:
         self.crc32 = zlib.crc32(data, self.crc32)
         self.bytes += memoryview(data).nbytes
-        return self.handle.write(data)
+        try:
+            return self.handle.write(data)
+        except OSError as error:  # torch.save makes a RuntimeError of it that does not say what happened
+            self.failure = error
+            raise
 
     def tell(self) -> int:
         return self.bytes
