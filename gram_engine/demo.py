@@ -63,19 +63,19 @@ def pairs(number: int, seed: int, held_out: bool) -> Iterator[dict[str, str]]:
 def candidates(number: int, seed: int) -> Iterator[dict[str, Any]]:
     """`number` rows {prompt, responses, oracle} with held-out prompts, for `gram best-of-n`; same seed, same rows.
 
-    A response begins with some words in order and shuffles the others; its oracle score is the share of words that stand
-    behind their predecessor.
+    A response begins with some words in order and shuffles the others, no two alike; its oracle score is the share of
+    words that stand behind their predecessor.
     """
     draw = random.Random(f"{seed}-candidates")
     for row in pairs(number, seed, held_out=True):
-        words = row["chosen"].split(", ")
+        words = tuple(row["chosen"].split(", "))
         successors = set(zip(words, words[1:]))
-        made = []
-        for _ in range(CANDIDATES):
+        made: dict[tuple[str, ...], float] = {}
+        while len(made) < CANDIDATES:
             kept = draw.randint(1, len(words))
-            made.append(words[:kept] + draw.sample(words[kept:], len(words) - kept))
-        oracle = [sum(two in successors for two in zip(one, one[1:])) / len(successors) for one in made]
-        yield {"prompt": row["prompt"], "responses": [", ".join(one) for one in made], "oracle": oracle}
+            one = (*words[:kept], *draw.sample(words[kept:], len(words) - kept))
+            made[one] = sum(two in successors for two in zip(one, one[1:])) / len(successors)
+        yield {"prompt": row["prompt"], "responses": [", ".join(one) for one in made], "oracle": list(made.values())}
 
 
 def is_held_out(prompt: str) -> bool:

@@ -125,4 +125,5 @@ def test_demonstration_candidates_are_scored_by_their_order():
     for row in demo.candidates(20, seed=3):
         right = [demo.is_right(row, response) for response in row["responses"]]
         assert right == [score == 1.0 for score in row["oracle"]]
-        assert len(set(row["oracle"])) > 2
+        assert len(set(row["oracle"])) > 2 and sum(right) <= 1
+        assert len(set(row["responses"])) == demo.CANDIDATES

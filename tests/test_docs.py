@@ -12,7 +12,10 @@ from gram_engine.launch import split_flags
 from gram_engine.validation import resolve_shape
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "examples/two_nodes.md", "examples/scaling.md", "examples/baselines.md")
+PAGES = (
+    *("README.md", "CONTRIBUTING.md", "examples/two_nodes.md", "examples/scaling.md", "examples/baselines.md"),
+    *("examples/reproduce.md", "examples/faults.md", "examples/adaptation.md"),
+)
 CONFIGS = sorted((ROOT / "examples/configs").glob("*.yaml"))
 RUNS = [file for file in CONFIGS if not file.name.endswith("template.yaml")]
 SECTIONS = [section.default_factory for section in dataclasses.fields(config.Config)]

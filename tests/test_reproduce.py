@@ -102,7 +102,6 @@ def changed(recipe: dict, path: str, value) -> dict:
         ("seeds", [1, 1], "seeds must be different whole numbers"),
         ("seeds", 3, "the recipe.seeds: must be a list, not 3"),
         ("data.few.rows", 0, "data.few: needs at least one file and one row"),
-        ("data.few.form", "triples", "data.few.form: 'triples' must be one of pairs, responses"),
         ("data.a b", {"files": ["x"]}, "data: the name 'a b' must be letters"),
         ("evaluation.known.kind", "inside", "evaluation.known.kind: 'inside' must be one of in, out, hhh, task"),
         ("stages.stage1.data", "trian", "stages.stage1: 'trian' is not among data .* Did you mean 'train'?"),
@@ -188,7 +187,7 @@ def test_a_changed_file_is_another_training(tmp_path, data):
 
 def test_selections(tmp_path, data):
     def rows(**fields):
-        prepare(DataSet("x", (str(data / "train.jsonl"),), **fields), TEMPLATE, tmp_path / "x.jsonl")
+        prepare(DataSet("x", (str(data / "train.jsonl"),), **fields), tmp_path / "x.jsonl")
         return [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
 
     everything = rows()
@@ -196,9 +195,6 @@ def test_selections(tmp_path, data):
     assert (len(everything), len(few), len(more)) == (60, 10, 30)
     assert all(row in more for row in few) and few != rows(rows=10, seed=1)
     assert {row["kind"] for row in rows(where={"kind": ["days"]})} == {"days"}
-    single = rows(form="responses", rows=1)
-    assert single[0]["instruction"] == single[1]["instruction"] == f"[User Question]\n{rows(rows=1)[0]['prompt']}\n\n"
-    assert [row["output"] for row in single] == [rows(rows=1)[0][name] for name in ("chosen", "rejected")]
     with pytest.raises(ConfigError, match="data.x: 61 rows wanted, but 60 match"):
         rows(rows=61)
 

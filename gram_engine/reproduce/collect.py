@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Iterator, Mapping, Optional, Sequence
 
 import numpy as np
@@ -109,7 +110,7 @@ def collect(plan: Plan) -> Results:
     for name, variant in plan.recipe.variants.items():
         done = {seed: lines for seed, lines in _evaluations(plan, name)}
         if done:
-            results.scores[name] = {one: _scores(done, str(plan.test_files[one])) for one in variant.evaluate}
+            results.scores[name] = {one: _scores(done, plan.test_files[one].name) for one in variant.evaluate}
         if curves := dict(_curves(plan, name)):
             results.best_of_n[name] = curves
     return results
@@ -131,7 +132,7 @@ def _curves(plan: Plan, variant: str) -> Iterator[tuple[int, list[dict[str, floa
 
 
 def _scores(done: Mapping[int, list[dict]], file: str) -> Scores:
-    own = [[line for line in lines if line["place"].rpartition(":")[0] == file] for lines in done.values()]
+    own = [[line for line in lines if Path(line["place"].rpartition(":")[0]).name == file] for lines in done.values()]
     metrics = [line_metrics(lines) for lines in own]
     return Scores(
         tuple(done),

@@ -97,7 +97,7 @@ class Plan:
         """Write the selections that are not there yet. Raises as `prepare`."""
         for file, data in self.selections.items():
             if not file.is_file():
-                prepare(data, self.recipe.template, file)
+                prepare(data, file)
 
     def needed_for(self, variants: tuple[str, ...]) -> dict[str, Job]:
         """The jobs of some variants alone.
@@ -240,7 +240,7 @@ class _Planner:
 
     def _fingerprint(self, data: DataSet) -> str:
         if data.name not in self._fingerprints:
-            self._fingerprints[data.name] = fingerprint(data, self.recipe.template)
+            self._fingerprints[data.name] = fingerprint(data)
         return self._fingerprints[data.name]
 
     def _add(self, name: str, task: str, folder: Path, *words: Any, needs=(), kind: str = "", **more: Any) -> Job:

@@ -37,13 +37,11 @@ class DataSet:
     rows: Optional[int] = None
     """So many of them, drawn with `seed`; None: all."""
     seed: int = 0
-    form: Literal["pairs", "responses"] = "pairs"
-    """responses: each response of each pair alone behind its prompt, to train a language model with."""
 
     @property
     def is_selection(self) -> bool:
         """Whether the rows differ from those of the files."""
-        return bool(self.where) or self.rows is not None or self.form != "pairs"
+        return bool(self.where) or self.rows is not None
 
 
 @dataclass(frozen=True)
@@ -202,10 +200,9 @@ def _substituted(value: Any, variables: Mapping[str, Any]) -> Any:
 
 def _data_set(name: str, entry: Any) -> DataSet:
     place = f"data.{name}"
-    kinds = dict(files=list, where=dict, rows=int, seed=int, form=str)
+    kinds = dict(files=list, where=dict, rows=int, seed=int)
     fields = _fields(entry, place, kinds, ("files",))
     where = {key: value if isinstance(value, list) else [value] for key, value in fields.get("where", {}).items()}
-    _one_of(fields.get("form", "pairs"), ("pairs", "responses"), f"{place}.form")
     if fields.get("rows", 1) < 1 or not fields["files"]:
         raise ConfigError(f"{place}: needs at least one file and one row.")
     return DataSet(**{**fields, "name": name, "files": tuple(map(str, fields["files"])), "where": where})

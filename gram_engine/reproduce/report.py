@@ -229,7 +229,7 @@ def _row_plot(rows: Sequence[Mapping[str, Any]], number: int, _: str) -> bytes:
         axes.plot(estimate["mean"], place, "o", color=COLOURS[0])
     axes.axvline(0.5, color=GREY, linewidth=0.8, linestyle="--")
     axes.set(yticks=range(len(rows)), yticklabels=[row["label"] for row in rows], xlabel="accuracy")
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     return png_of(figure)
 
 
