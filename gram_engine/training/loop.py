@@ -49,6 +49,7 @@ class Trainer:
         self.scheduler = build_scheduler(self.optimizer, config, self.train_samples)
         connect_schedule(self.model, self.optimizer, self.objective, config)
         self.numerics = NumericsGuard(config.training)
+        self.watchdog = Watchdog(60 * config.parallel.distributed_timeout_minutes, dist.get_rank())
         self.saver = CheckpointSaver(config, self.dataset.manifest)
         self.state = self._resume()
 
@@ -62,10 +63,9 @@ class Trainer:
             CheckpointError: a checkpoint could not be written.
         """
         config = self.config
-        limit = 60 * config.parallel.distributed_timeout_minutes
         self.reporter = Reporter(config, self.platform, self.state.iteration, self.total_steps)
         self.stop = StopRequests(config.training.exit_duration_in_mins, self.platform.device)
-        self.watchdog = Watchdog(limit, dist.get_rank())
+        self.watchdog.start()
         try:
             metrics = self._train(min(self.total_steps, config.training.exit_interval or self.total_steps))
             self.watchdog.beat("finishing the last checkpoint")

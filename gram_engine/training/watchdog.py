@@ -19,7 +19,7 @@ BLOCKED_SECONDS = 20
 
 
 class Watchdog:
-    """Start it before the first step; call `beat` at every sign of life, `close` at the end.
+    """`start` it before the first step; call `beat` at every sign of life, `close` at the end.
 
     Args:
         seconds: longest time between two beats.
@@ -29,14 +29,19 @@ class Watchdog:
     def __init__(self, seconds: float, rank: int):
         self.seconds, self.rank = seconds, rank
         self.closed = threading.Event()
-        self.doing = "starting"
-        self.beat(self.doing)
+        self.started = False
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self.started = True
+        self.beat("starting")
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self, doing: str) -> None:
         """The process is alive and begins with `doing`, e.g. 'step 12'."""
         self.doing, self.last = doing, time.monotonic()
-        faulthandler.dump_traceback_later(self.seconds + BLOCKED_SECONDS, exit=True)
+        if self.started:
+            faulthandler.dump_traceback_later(self.seconds + BLOCKED_SECONDS, exit=True)
 
     def close(self) -> None:
         """No sign of life is expected any more."""
