@@ -458,8 +458,8 @@ FOLDER_DAMAGE: dict[str, tuple[Callable[[Path], object], int]] = {
 FAULTS = (
     Fault("killed while it saves", "SIGKILL at every call that opens, writes, syncs, renames, removes", 100, kill_while_saving),
     Fault("killed at any time", "SIGKILL of all processes after a random time", 8, kill_at_random),
-    Fault("`--async-save`: writer killed", "SIGKILL at every fourth call of the writer", 10, kill_the_writer),
-    Fault("`--async-save`: disk full", "ENOSPC from every fourth call of the writer on", 10, full_disk_in_the_writer),
+    Fault("`--async-save`: writer killed", "SIGKILL at every third call of the writer", 10, kill_the_writer),
+    Fault("`--async-save`: disk full", "ENOSPC from every third call of the writer on", 10, full_disk_in_the_writer),
     Fault("`--async-save`: training killed", "SIGKILL while the writer works", 4, kill_the_trainer_while_the_writer_works),
     Fault("two processes, one killed", "SIGKILL at every tenth call of the main process, or of the other", 8, kill_one_of_two),
     Fault("disk full, device error", "ENOSPC from a call on, EIO at a call; every third call", 40, failing_calls),
