@@ -80,7 +80,7 @@ def test_seq_length_too_short_for_the_template(tiny_data, tmp_path):
     data = write_rows(tmp_path / "pairs.jsonl", GOOD)
     status, output = preprocess(data, tiny_data, tmp_path, "--seq-length", "40")
     assert status == 2
-    assert re.search(r"--seq-length 40 is too short for the judge template: .* Use --seq-length \d+ or more.", output)
+    assert re.search(r"--seq-length 40 is too short for the template: .* Use --seq-length \d+ or more.", output)
 
 
 def test_label_that_is_no_single_token(tiny_data, tmp_path):

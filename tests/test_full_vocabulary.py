@@ -52,9 +52,9 @@ def gradients(pool, data, layout, flags, change):
     )
 
 
-@pytest.mark.parametrize("flags", ["--prune-last-layer", "--no-prune-last-layer"])
+@pytest.mark.parametrize("flags", ["--prune-last-layer", "--no-prune-last-layer", "--label-smoothing 0"])
 def test_equals_the_definition(flags, pool, tiny_data):
-    (wanted,) = gradients(pool, tiny_data, "tp1", "--no-prune-last-layer", by_definition)
+    (wanted,) = gradients(pool, tiny_data, "tp1", f"{flags} --no-prune-last-layer", by_definition)
     (found,) = gradients(pool, tiny_data, "tp1", flags, make_ties)
     compare(found, wanted)
 

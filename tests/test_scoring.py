@@ -244,7 +244,7 @@ def test_folders_that_cannot_score_are_named(folder, tmp_path):
     with pytest.raises(ConfigError, match="gram_config.json: not what `gram convert` writes"):
         RewardModelScorer.from_pretrained(broken)
     (broken / "gram_config.json").write_text(json.dumps({**gram, "seq_length": 20}))
-    with pytest.raises(ConfigError, match="--seq-length 20 is too short for the judge template"):
+    with pytest.raises(ConfigError, match="--seq-length 20 is too short for the template"):
         RewardModelScorer.from_pretrained(broken).compare(*PAIRS[0])
     (broken / "gram_config.json").write_text(json.dumps(gram))
     index = {"weight_map": dict.fromkeys(tensors, "model-1.safetensors")}

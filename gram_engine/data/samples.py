@@ -209,7 +209,7 @@ def _check_room(room: int, num_slots: int, max_tokens: int) -> None:
     if room < least:
         needed = max_tokens - room + least
         raise ConfigError(
-            f"--seq-length {max_tokens} is too short for the judge template: template and chat markers alone take "
+            f"--seq-length {max_tokens} is too short for the template: template and chat markers alone take "
             f"{max_tokens - room} tokens, and prompt and responses need at least {least}. Use --seq-length {needed} or more."
         )
 
