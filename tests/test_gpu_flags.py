@@ -7,6 +7,7 @@ import torch
 
 from gram_engine.command_line import parse
 from gram_engine.data.context_parallel import held_positions
+from gram_engine.errors import ConfigError
 from gram_engine.validation import resolve_shape
 from tests.tiny import tiny_config, tiny_trainer, train_steps
 
@@ -115,3 +116,12 @@ def test_deterministic_mode_finds_no_kernel_that_is_not(stage, objective, pool, 
     arguments = (tiny_data[stage], tiny_data["tokenizer"], f"--objective {objective} --context-parallel-size 2")
     first = pool.run(deterministic, 2, *arguments)
     assert first == pool.run(deterministic, 2, *arguments)
+
+
+def test_layernorm_recompute_without_transformer_engine_is_refused(tiny_data):
+    from gram_engine.model.te_layers import check_gpu
+    from gram_engine.platform import CPU, Platform
+
+    flags = "--recompute-granularity selective --recompute-modules core_attn layernorm"
+    with pytest.raises(ConfigError, match="--recompute-modules layernorm needs Transformer Engine's layers"):
+        check_gpu(tiny_config(tiny_data["stage2"], tiny_data["tokenizer"], flags), Platform(CPU, "gloo"))

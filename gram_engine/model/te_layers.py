@@ -51,8 +51,10 @@ def check_gpu(config: Config, platform: Platform) -> None:
     Raises:
         ConfigError: Transformer Engine is missing, or the GPU is too old for the FP8 recipe.
     """
-    uses_transformer_engine(config, platform)
     training = config.training
+    recomputed = training.recompute_modules if training.recompute_granularity == "selective" else ()
+    if not uses_transformer_engine(config, platform) and "layernorm" in recomputed:
+        raise ConfigError("--recompute-modules layernorm needs Transformer Engine's layers: leave layernorm out.")
     if training.fp8_format is None:
         return
     needed, hardware = CAPABILITIES[training.fp8_recipe]
