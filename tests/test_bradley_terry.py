@@ -160,7 +160,8 @@ def test_gradients_of_the_regularised_loss_equal_its_definition(pool, pairs):
             assert len(whole) >= least and "0.score.weight" in whole
             for name in whole:
                 difference = abs(found["gradients"][name] - wanted["gradients"][name]).max()
-                assert difference < 1e-10 * abs(wanted["gradients"][name]).max(), (layout, name)
+                # Weights of rows, among them 0.02, are float32.
+                assert difference < 1e-7 * abs(wanted["gradients"][name]).max(), (layout, name)
 
 
 def stage_one(prefix, tokenizer_model, folder):

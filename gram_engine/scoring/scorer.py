@@ -85,7 +85,7 @@ class RewardModelScorer:
 
     def __init__(self, model: JudgeModel, tokenizer: Tokenizer, gram: GramConfig, batch_tokens: Optional[int] = None):
         self.model, self.tokenizer = model, tokenizer
-        self.gram, self.max_tokens = gram, gram.seq_length
+        self.gram, self.template, self.max_tokens = gram, gram.template, gram.seq_length
         self.batch_tokens = batch_tokens or BATCH_TOKENS[model.device.type]
 
     @classmethod
@@ -196,7 +196,7 @@ class RewardModelScorer:
             margins = margins[len(samples) :]
 
     def _sample(self, comparison: Comparison) -> Sample:
-        return judge_sample(self.tokenizer, self.gram.template.judge_layout(*comparison), self.max_tokens, "truncate")
+        return judge_sample(self.tokenizer, self.template.judge_layout(*comparison), self.max_tokens, "truncate")
 
     def _run(self, tree: TokenTree) -> np.ndarray:
         return self.model.margins(tree).double().cpu().numpy()
