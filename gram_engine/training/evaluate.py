@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Callable
+
 import torch
 
 from gram_engine.data.dataset import PairDataset
@@ -13,18 +15,27 @@ from gram_engine.training.step import run_schedule, sum_over_processes, summed_s
 
 @torch.no_grad()
 def evaluate(
-    model: list, loader: PackedLoader, dataset: PairDataset, objective: Objective, device: torch.device
+    model: list,
+    loader: PackedLoader,
+    dataset: PairDataset,
+    objective: Objective,
+    device: torch.device,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Metrics over every sample of the validation data, equal on every process.
 
     Where verdicts depend on the order the data holds each pair in both, so `accuracy` is that of the reward (Eq. 3) and
     `swap_consistency` is the share of pairs with the same verdict in both orders.
+
+    Args:
+        beat: called before each batch, as a sign of life.
     """
     for chunk in model:
         chunk.eval()
     totals = dict.fromkeys(objective.stat_names, 0.0)
     margins = torch.zeros(len(dataset), dtype=torch.float64, device=device)
     for batch in loader.evaluation_batches():
+        beat()
         results = run_schedule(model, batch, objective, device, forward_only=True)
         for name, value in summed_stats(results, objective, device).items():
             totals[name] += value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -128,9 +129,9 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Metrics on the validation data, also logged."""
         started = time.perf_counter()
-        self.watchdog.beat(f"the evaluation after step {self.state.iteration}")
+        beat = partial(self.watchdog.beat, f"the evaluation after step {self.state.iteration}")
         self._settle_parameters()
-        metrics = evaluate(self.model, self.valid_loader, self.valid_dataset, self.objective, self.platform.device)
+        metrics = evaluate(self.model, self.valid_loader, self.valid_dataset, self.objective, self.platform.device, beat)
         self._resume_hooks()
         self.reporter.eval_line(self.state.iteration, self.state.consumed_samples, metrics)
         self.reporter.exclude(time.perf_counter() - started)

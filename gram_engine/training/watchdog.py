@@ -45,6 +45,7 @@ class Watchdog:
 
     def close(self) -> None:
         """No sign of life is expected any more."""
+        self.started = False
         self.closed.set()
         faulthandler.cancel_dump_traceback_later()
 
