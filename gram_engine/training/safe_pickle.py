@@ -40,6 +40,7 @@ ALLOWED = {
         "DelayedScaling Float8BlockScaling Float8CurrentScaling Format MMParams MXFP8BlockScaling QParams _FormatHelper"
     ),
 }
+STORAGES = {f"{kind}Storage" for kind in "Untyped Byte Char Short Int Long Half BFloat16 Float Double Bool".split()}
 NAMES = {(module, name) for module, names in ALLOWED.items() for name in names.split()}
 
 
@@ -141,7 +142,7 @@ class _Names(pickle.Unpickler):
         if (module, name) == ("torch.storage", "_load_from_bytes"):
             return _check_nested
         named_dtype_or_storage = module == "torch" and (
-            isinstance(getattr(torch, name, None), torch.dtype) or name in ("UntypedStorage", "ByteStorage", "FloatStorage")
+            isinstance(getattr(torch, name, None), torch.dtype) or name in STORAGES
         )
         if (module, name) in NAMES or named_dtype_or_storage:
             return self.stand_in
