@@ -36,8 +36,12 @@ RUNS = [("stage2", layout) for layout in LAYOUTS] + [("stage1", layout) for layo
 
 def parameters(trainer, adapters: bool) -> dict:
     """This rank's adapters, or all else."""
-    named = [item for chunk in trainer.model for item in chunk.module.named_parameters()]
-    return {name: value for name, value in named if (".adapter." in name) == adapters}
+    return {
+        f"{index}.{name}": value
+        for index, chunk in enumerate(trainer.model)
+        for name, value in chunk.module.named_parameters()
+        if (".adapter." in name) == adapters
+    }
 
 
 def curve(prefix, tokenizer_model, flags):
