@@ -32,7 +32,7 @@ from tests.hand_made import (
 
 def kill_while_saving(lab: Lab) -> Iterator[str]:
     """New step with pruning of an old one and with leftovers of an earlier kill; then step 2 anew, with another state."""
-    for step, seed, every in ((3, 0, 1 if LONG else 2), (2, 1, 1 if LONG else 4)):
+    for step, seed, every in ((3, 0, 1), (2, 1, 1 if LONG else 4)):
 
         def task(folder: Path, step=step, seed=seed) -> None:
             (folder / "iter_0000003.1.tmp").mkdir()
@@ -294,7 +294,7 @@ FOLDER_DAMAGE: dict[str, tuple[Callable[[Path], object], int]] = {
 }
 
 FAULTS = (
-    Fault("killed while it saves", "SIGKILL at every second call that opens, writes, syncs or renames", 50, kill_while_saving),
+    Fault("killed while it saves", "SIGKILL at every call that opens, writes, syncs, renames, removes", 100, kill_while_saving),
     Fault("killed at any time", "SIGKILL of all processes after a random time", 8, kill_at_random),
     Fault("`--async-save`: writer killed", "SIGKILL at every third call of the writer", 10, kill_the_writer),
     Fault("`--async-save`: disk full", "ENOSPC from every third call of the writer on", 10, full_disk_in_the_writer),
