@@ -5,7 +5,7 @@ import pytest
 from tests.tiny import tiny_config, tiny_trainer, train_steps
 
 STEPS = {"tp1": 200}
-FEWER_STEPS = 80
+FEWER_STEPS = 30
 SMALL = "--num-layers 2 --global-batch-size 4 --lr 3e-4 --lr-warmup-fraction 0.1 --train-iters 200 --seq-length 192"
 STAGES = {"stage1": "--objective response-lm --logits-chunk-size 50", "stage2": "--objective pair-preference"}
 TIED, UNTIED = (f"--untie-embeddings-and-output-weights {value}" for value in (False, True))
@@ -31,7 +31,8 @@ def test_fused_equals_plain(stage, layout, pool, tiny_data):
         pool.run(curve, processes, *data, f"{flags} {STAGES[stage]} {kind}", steps)[0]
         for kind in ("--fused-losses", "--no-fused-losses")
     )
-    assert min(loss for loss, _ in plain[-20:]) < 0.98 * plain[0][0]
+    assert len({loss for loss, _ in plain}) == steps, "every step changes the weights"
+    assert steps < STEPS["tp1"] or min(loss for loss, _ in plain[-20:]) < 0.95 * plain[0][0]
     for (loss, norm), (plain_loss, plain_norm) in zip(fused, plain, strict=True):
         assert loss == pytest.approx(plain_loss, rel=1e-6)
         assert norm == pytest.approx(plain_norm, rel=1e-4)
