@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import tyro
 
 from gram_engine.config import Config, ModelConfig, is_main_process
-from gram_engine.errors import ConfigError
+from gram_engine.errors import ConfigError, GramError
 from gram_engine.fileio import read_yaml
 from gram_engine.redact import redact
 
@@ -119,7 +119,7 @@ def _is_optional_bool(name: str) -> bool:
     return ModelConfig.__annotations__.get(name) == "Optional[bool]"
 
 
-def fail(error: Exception) -> NoReturn:
+def fail(error: GramError) -> NoReturn:
     """End a command-line tool with an error a user can mend: its text once, no traceback, the error's exit status.
 
     The main process says it.  A launcher ends all processes as soon as one has left, so the others give it time to; one that
@@ -128,4 +128,4 @@ def fail(error: Exception) -> NoReturn:
     if not is_main_process():
         time.sleep(SECONDS_FOR_MAIN)
     print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
-    raise SystemExit(getattr(error, "exit_status", 2))
+    raise SystemExit(error.exit_status)

@@ -114,7 +114,7 @@ def test_measured_figures_go_into_the_model_card(tiny_data, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| accuracy | 0.8125 |" in card and "| games_judged | 48 |" in card and "num_layers: 6" in card
     (tmp_path / "report.json").write_text("[]")
-    with pytest.raises(ConfigError, match="not a JSON object|not valid JSON|is no report|not a JSON report"):
+    with pytest.raises(ConfigError, match="holds a list, not a JSON object"):
         export_hf.export_hf(tmp_path / "run", tmp_path / "again", evaluation=str(tmp_path / "report.json"))
 
 

@@ -30,15 +30,3 @@ def trainer_of(platform, stage: str, flags: str, data: dict | None = None):
         prefix = str(Path(tempfile.mkdtemp()) / "data")
         write_workload(prefix, config.training.objective, 64, config.data.seq_length, config.model.vocab_size)
     return Trainer(config, platform, PreparedData(prefix, None, config.model.vocab_size))
-
-
-def curve(trainer, steps: int) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of the next steps."""
-    found = []
-    for _ in range(steps):
-        batch = trainer.loader.batch(trainer.state.consumed_samples)
-        stats, norm = trainer.step(batch)
-        trainer.state.iteration += 1
-        trainer.state.consumed_samples += batch.num_samples
-        found.append((trainer.objective.metrics(stats)["loss"], norm))
-    return found

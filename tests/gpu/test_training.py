@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gpu.runs import curve, trainer_of
+from tests.gpu.runs import trainer_of
+from tests.tiny import train_steps
 
 STEPS = 6
 RECIPES = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
@@ -19,9 +20,10 @@ CPU_RUN = """
 from gram_engine import platform
 from gram_engine.benchmarks.steps import single_process
 found = platform.initialise("cpu")
-from tests.gpu.runs import curve, trainer_of
+from tests.gpu.runs import trainer_of
+from tests.tiny import train_steps
 with single_process(found.device):
-    print(curve(trainer_of(found, {stage!r}, ""), {steps}))
+    print(train_steps(trainer_of(found, {stage!r}, ""), {steps}))
 """
 
 
@@ -33,15 +35,15 @@ def test_fp32_equals_the_cpu(stage, platform):
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     wanted = eval(done.stdout.strip().splitlines()[-1])
-    found = curve(trainer_of(platform, stage, "--transformer-impl local"), STEPS)
+    found = train_steps(trainer_of(platform, stage, "--transformer-impl local"), STEPS)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=2e-3, atol=1e-5)
 
 
 @STAGES
 @IMPLEMENTATIONS
 def test_bf16_follows_fp32(stage, implementation, platform):
-    wanted = curve(trainer_of(platform, stage, "--transformer-impl local"), STEPS)
-    found = curve(trainer_of(platform, stage, f"--bf16 --transformer-impl {implementation}"), STEPS)
+    wanted = train_steps(trainer_of(platform, stage, "--transformer-impl local"), STEPS)
+    found = train_steps(trainer_of(platform, stage, f"--bf16 --transformer-impl {implementation}"), STEPS)
     assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in wanted], rel=3e-2)
     assert found[0][1] == pytest.approx(wanted[0][1], rel=5e-2)
 
@@ -53,8 +55,8 @@ def test_bf16_follows_fp32(stage, implementation, platform):
 def test_fp8_follows_bf16(stage, recipe, flags, implementation, platform):
     if torch.cuda.get_device_capability() < RECIPES[recipe]:
         pytest.skip(f"{recipe} needs compute capability {RECIPES[recipe]}")
-    wanted = curve(trainer_of(platform, stage, "--bf16"), STEPS)
-    found = curve(trainer_of(platform, stage, f"--bf16 --fp8-format hybrid --fp8-recipe {recipe} {flags}"), STEPS)
+    wanted = train_steps(trainer_of(platform, stage, "--bf16"), STEPS)
+    found = train_steps(trainer_of(platform, stage, f"--bf16 --fp8-format hybrid --fp8-recipe {recipe} {flags}"), STEPS)
     assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in wanted], rel=8e-2)
 
 
@@ -64,10 +66,10 @@ def test_fp8_follows_bf16(stage, recipe, flags, implementation, platform):
 def test_checkpoints_pass_between_implementations(stage, reader, implementation, platform, tiny_data, tmp_path):
     writer = {"local": "transformer_engine", "transformer_engine": "local"}[reader]
     first = trainer_of(platform, stage, f"--bf16 --transformer-impl {writer} --save {tmp_path}", tiny_data)
-    curve(first, 2)
+    train_steps(first, 2)
     first.save()
-    wanted = curve(first, 3)
-    found = curve(trainer_of(platform, stage, f"--bf16 --transformer-impl {reader} --load {tmp_path}", tiny_data), 3)
+    wanted = train_steps(first, 3)
+    found = train_steps(trainer_of(platform, stage, f"--bf16 --transformer-impl {reader} --load {tmp_path}", tiny_data), 3)
     assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in wanted], rel=3e-2)
 
 
@@ -80,10 +82,10 @@ def test_deterministic_resume_is_bit_for_bit(stage, implementation, platform, ti
     try:
         flags = f"--bf16 --deterministic-mode --transformer-impl {implementation}"
         first = trainer_of(platform, stage, f"{flags} --save {tmp_path}", tiny_data)
-        curve(first, 2)
+        train_steps(first, 2)
         first.save()
-        wanted = curve(first, 3)
-        assert curve(trainer_of(platform, stage, f"{flags} --load {tmp_path}", tiny_data), 3) == wanted
+        wanted = train_steps(first, 3)
+        assert train_steps(trainer_of(platform, stage, f"{flags} --load {tmp_path}", tiny_data), 3) == wanted
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -92,6 +94,6 @@ def test_deterministic_resume_is_bit_for_bit(stage, implementation, platform, ti
 @pytest.mark.parametrize("flags", ["--recompute-granularity full", "--recompute-granularity selective"])
 @IMPLEMENTATIONS
 def test_recompute_changes_nothing(stage, flags, implementation, platform):
-    wanted = curve(trainer_of(platform, stage, f"--bf16 --transformer-impl {implementation}"), 3)
-    found = curve(trainer_of(platform, stage, f"--bf16 --transformer-impl {implementation} {flags}"), 3)
+    wanted = train_steps(trainer_of(platform, stage, f"--bf16 --transformer-impl {implementation}"), 3)
+    found = train_steps(trainer_of(platform, stage, f"--bf16 --transformer-impl {implementation} {flags}"), 3)
     assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in wanted], rel=1e-3)

@@ -27,13 +27,14 @@ from gram_engine.config import is_main_process
 found = platform.initialise("cuda")
 from gram_engine.model.te_layers import start_userbuffers
 from gram_engine.training.initialise import start_model_parallel, start_processes
-from tests.gpu.runs import SHAPE, curve, trainer_of
+from tests.gpu.runs import SHAPE, trainer_of
+from tests.tiny import train_steps
 stage, flags, path = sys.argv[1:]
 config = parse([*SHAPE.split(), *flags.split()])
 start_processes(config, found)
 start_model_parallel(config)
 start_userbuffers(config)
-losses = curve(trainer_of(found, stage, flags), 5)
+losses = train_steps(trainer_of(found, stage, flags), 5)
 if is_main_process():
     open(path, "w").write(json.dumps(losses))
 """
