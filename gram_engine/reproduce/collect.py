@@ -42,6 +42,8 @@ class Scores:
     """Share of pairs with the same winner in both orders."""
     prefers_a: float
     """Share of verdicts for the response shown first."""
+    shortened: float
+    """Share of pairs whose texts did not fit the model's sequence length."""
 
 
 @dataclass
@@ -139,6 +141,7 @@ def _scores(done: Mapping[int, list[dict]], file: str) -> Scores:
         np.array([_credits(lines) for lines in own]),
         float(np.mean([one["swap_consistency"] for one in metrics])),
         float(np.mean([one["prefers_a"] for one in metrics])),
+        float(np.mean([[line["truncated"] for line in lines] for lines in own])),
     )
 
 

@@ -44,7 +44,12 @@ def report_content(plan: Plan, results: Results, failed: Mapping[str, str], comm
         "failed": {plan.jobs[name].title: reason for name, reason in failed.items()},
         "not_measured": [name for name in recipe.variants if name not in results.scores],
         "sets": {
-            name: {"kind": one.kind, "pairs": results.pairs[name], "longer_wins": results.longer_wins[name]}
+            name: {
+                "kind": one.kind,
+                "pairs": results.pairs[name],
+                "longer_wins": results.longer_wins[name],
+                "shortened": max((own[name].shortened for own in results.scores.values() if name in own), default=None),
+            }
             for name, one in recipe.evaluation.items()
             if name in results.pairs
         },
@@ -91,10 +96,14 @@ def _blocks(content: Mapping[str, Any]) -> Iterator[Block]:
     )
     yield from _summary(content)
     rows = [
-        [name, KINDS[one["kind"]], f"{one['pairs']:,}", f"{one['longer_wins']:.3f}"] for name, one in content["sets"].items()
+        [name, KINDS[one["kind"]], f"{one['pairs']:,}", f"{one['longer_wins']:.3f}", _share(one["shortened"])]
+        for name, one in content["sets"].items()
     ]
-    yield Table(["test set", "kind", "pairs", "longer wins"], rows)
-    yield "Longer wins: the accuracy of always taking the longer response. An even reward counts one half."
+    yield Table(["test set", "kind", "pairs", "longer wins", "shortened"], rows)
+    yield (
+        "Longer wins: the accuracy of always taking the longer response. Shortened: share of the pairs whose texts were cut to "
+        "the sequence length, for the variant that cuts most. An even reward counts one half."
+    )
     for number, section in enumerate(content["sections"], 1):
         yield from _section(section, f"section-{number}")
     if content["best_of_n"]:

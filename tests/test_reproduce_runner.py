@@ -1,0 +1,125 @@
+"""The runner of a reproduction's jobs: failures, kills, going on; and a whole run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gram_engine.errors import ConfigError
+from gram_engine.reproduce import command
+from gram_engine.reproduce.runner import Runner, alone_in
+from tests.recipe_lab import changed, content, demonstration
+from tests.shell_jobs import shell_jobs
+
+
+def runs_of(folder) -> list[str]:
+    return (folder / "runs").read_text().split()
+
+
+def test_a_failure_takes_along_only_what_needs_it(tmp_path):
+    jobs = shell_jobs(
+        tmp_path,
+        {
+            "good": ("true", ()),
+            "bad": ("echo first; echo error: disk is full; echo last; exit 3", ()),
+            "after-bad": ("true", ("bad",)),
+            "after-that": ("true", ("after-bad",)),
+            "after-good": (f"test -f {tmp_path}/good.done.json", ("good",)),
+        },
+    )
+    said = []
+    runner = Runner(jobs, 2, said.append)
+    runner.run()
+    assert sorted(runs_of(tmp_path)) == ["after-good", "bad", "good"]
+    reasons = {name.partition("/")[2]: reason for name, reason in runner.failed.items()}
+    assert "exit status 3: error: disk is full" in reasons["bad"] and str(tmp_path / "bad.log") in reasons["bad"]
+    assert reasons["after-bad"] == "needs: bad" and reasons["after-that"] == "needs: after-bad" and len(reasons) == 3
+    assert any(line.startswith("FAILED bad") for line in said) and any("ETA" in line for line in said)
+
+    mended = shell_jobs(tmp_path, {"good": ("true", ()), "bad": ("true", ()), "after-bad": ("true", ("bad",))})
+    again = Runner(mended, 1, said.append)
+    again.run()
+    assert not again.failed and runs_of(tmp_path)[3:] == ["bad", "after-bad"], "what was done is not done again"
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL], ids=["terminated", "killed"])
+def test_a_killed_run_goes_on(kill, tmp_path):
+    script = textwrap.dedent(
+        """
+        import signal, sys
+        from pathlib import Path
+        from gram_engine.reproduce.runner import Runner, alone_in
+        from tests.shell_jobs import shell_jobs
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        folder = Path(sys.argv[1])
+        with alone_in(folder) as lock:
+            Runner(shell_jobs(folder, {"one": ("true", ()), "two": ("exec sleep 60", ("one",))}), lock=lock).run()
+        """
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], start_new_session=True)
+    try:
+        wait_for(lambda: (tmp_path / "runs").is_file() and "two" in runs_of(tmp_path))
+        process.send_signal(kill)
+        process.wait(timeout=60)
+        if kill == signal.SIGKILL:  # its command lives on, and is in the way
+            with pytest.raises(ConfigError, match="a command that a killed one has left, works here"), alone_in(tmp_path):
+                pass
+            os.killpg(process.pid, signal.SIGKILL)
+        wait_for(lambda: not group_lives(process.pid))
+    finally:
+        if group_lives(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+    runner = Runner(shell_jobs(tmp_path, {"one": ("true", ()), "two": ("true", ("one",))}), 1, lambda _: None)
+    with alone_in(tmp_path):
+        runner.run()
+    assert runs_of(tmp_path) == ["one", "two", "two"] and not runner.failed
+
+
+def wait_for(condition, seconds: float = 100) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def group_lives(leader: int) -> bool:
+    try:
+        os.killpg(leader, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.timeout(900)
+def test_a_whole_run(tmp_path, capfd):
+    """Two variants that share stage 1; every figure of the report comes from commands that really ran."""
+    recipe = changed(content(demonstration(tmp_path / "demo")), "seeds", [1])
+    recipe["variants"] = {"gram": ["stage1", "stage2"], "v2": ["stage1"]}
+    recipe["sections"] = [{"title": "Parts", "rows": {"GRAM": "gram", "GRAM-v2": "v2"}, "reference": "GRAM"}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    words = ["--recipe", str(tmp_path / "recipe.yaml"), "--output-dir", str(tmp_path / "out"), "--jobs", "2"]
+    command.main([*words, "--dry-run"])
+    assert "8 jobs, 2 trainings, 2 variants, 1 seeds" in capfd.readouterr().out and not (tmp_path / "out").exists()
+
+    command.main(words)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["jobs"]["done"] == 8 and not report["failed"] and not report["not_measured"]
+    assert report["sets"]["letters"]["pairs"] == 6 and report["sets"]["known"]["pairs"] == 12
+    folder = Path(report["variants"]["gram"]["folders"]["1"])
+    (scored,) = folder.glob("evaluate-*/report.json")
+    own = report["variants"]["gram"]["sets"]
+    mean = (12 * own["known"]["mean"] + 6 * own["letters"]["mean"]) / 18
+    assert mean == pytest.approx(json.loads(scored.read_text())["all"]["accuracy"])
+    assert len(report["best_of_n"]["gram"]["1"]) == 4
+    marks = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.done.json")}
+    assert len(marks) == 8
+    command.main(words)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.done.json")} == marks
+    assert "8 jobs, 8 of them done already" in capfd.readouterr().out
