@@ -36,6 +36,12 @@ TIED = ("tp2-sp", "pp2", "pp2-vpp3", "tp2-pp2-sp", "dp2-overlap", "cp2-pp2")
 """Layouts that are tried with tied embeddings too: one weight then has gradients from both ends of the model."""
 STAGES = {"stage1": "--objective response-lm --logits-chunk-size 50", "stage2": "--objective pair-preference"}
 
+VARIANTS = [
+    ("stage1", "--response-loss b"),
+    ("stage2", "--freeze embeddings --label-softmax full-vocabulary --label-smoothing 0"),
+]
+"""GRAM-v3 (Table 4), G-Baseline + Freeze (Table 1)."""
+
 
 def curve(prefix, tokenizer_model, flags):
     return train_steps(tiny_trainer(tiny_config(prefix, tokenizer_model, flags)), STEPS)
@@ -67,6 +73,12 @@ def test_layout_equals_one_process(layout, stage, tied, pool, tiny_data, referen
 def test_normed_queries_and_keys(layout, stage, pool, tiny_data, references):
     """As Qwen3 has them; their weights' gradients are sums over the heads of all tensor-parallel processes."""
     compare(layout, stage, "--untie-embeddings-and-output-weights False --qk-layernorm True", pool, tiny_data, references)
+
+
+@pytest.mark.parametrize("stage, flags", VARIANTS)
+def test_variants_of_the_paper(stage, flags, pool, tiny_data, references):
+    for layout in ("tp2-sp", "pp2", "dp2-overlap"):
+        compare(layout, stage, flags, pool, tiny_data, references)
 
 
 def curve_in_many_buckets(*run):

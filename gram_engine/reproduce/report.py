@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Optional, Sequence
 
+import numpy as np
+
 from gram_engine.evaluation.page import GREY, Block, Heading, Plot, Table, new_figure, png_of, write_document
 from gram_engine.fileio import write_atomically
 from gram_engine.reproduce.collect import Results
@@ -199,27 +201,35 @@ def _line(line: Mapping[str, Any], axis: str) -> str:
 def _best_of_n(curves: Mapping[str, Mapping[int, list[dict[str, float]]]]) -> Iterator[Block]:
     """Means over seeds; the intervals over prompts are in each model's own report."""
     yield Heading("Best of n (section 4.4)")
-    yield "Oracle score of the response that a variant chooses among n, mean over prompts and seeds, against KL."
-    means = {
-        name: [sum(curve[place]["oracle"] for curve in by_seed.values()) / len(by_seed) for place in range(_shortest(by_seed))]
-        for name, by_seed in curves.items()
+    yield (
+        "Scores of the response that a variant chooses among n, mean over prompts and seeds, against KL: the oracle's, and its "
+        "own (proxy). Bands: lowest and highest seed. Proxies of different variants are on different scales."
+    )
+    most = min(len(curve) for by_seed in curves.values() for curve in by_seed.values())
+    kls = [point["kl"] for point in next(iter(next(iter(curves.values())).values()))[:most]]
+    found = {
+        kind: {name: _by_seed(by_seed, kind)[:, :most] for name, by_seed in curves.items()} for kind in ("oracle", "proxy")
     }
-    kls = [point["kl"] for point in max((next(iter(one.values())) for one in curves.values()), key=len)]
+    head = [f"{name}, {kind}" for kind, own in found.items() for name in own]
     rows = [
-        [str(n), f"{kl:.3f}", *(f"{values[n - 1]:.3f}" if n <= len(values) else "–" for values in means.values())]
-        for n, kl in enumerate(kls, 1)
+        [str(place + 1), f"{kl:.3f}", *(f"{one[:, place].mean():.3f}" for own in found.values() for one in own.values())]
+        for place, kl in enumerate(kls)
     ]
-    yield Table(["n", "KL", *means], rows)
-    figure, axes = new_figure(6.0, 4.0)
-    for colour, (name, values) in zip(_colours(len(means)), means.items()):
-        axes.plot(kls[: len(values)], values, "o-", color=colour, markersize=3, label=name)
-    axes.set(xlabel="KL = log n - (n - 1) / n", ylabel="oracle score of the best of n")
-    axes.legend(frameon=False, fontsize=8)
-    yield Plot("best-of-n", "Best of n: oracle score against KL", png_of(figure))
+    yield Table(["n", "KL", *head], rows)
+    for kind, own in found.items():
+        figure, axes = new_figure(6.0, 4.0)
+        for colour, (name, values) in zip(_colours(len(own)), own.items()):
+            axes.fill_between(kls, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15)
+            axes.plot(kls, values.mean(axis=0), "o-", color=colour, markersize=3, label=name)
+        axes.set(xlabel="KL = log n - (n - 1) / n", ylabel=f"{kind} score of the best of n")
+        axes.legend(frameon=False, fontsize=8)
+        yield Plot(f"best-of-n-{kind}", f"Best of n: {kind} score against KL", png_of(figure))
 
 
-def _shortest(by_seed: Mapping[int, list]) -> int:
-    return min(map(len, by_seed.values()))
+def _by_seed(curves: Mapping[int, list[dict[str, float]]], kind: str) -> np.ndarray:
+    """[seeds, n]"""
+    shortest = min(map(len, curves.values()))
+    return np.array([[point[kind] for point in curve[:shortest]] for curve in curves.values()])
 
 
 def _plots(section: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
