@@ -93,4 +93,5 @@ def test_a_hang_is_told_with_the_stacks_of_every_process(files):
     assert done.returncode == 4, done.stderr
     for rank in range(2):
         assert f"error: rank {rank} hangs: no progress for 15 s in step 5" in done.stderr
-    assert "in batch_or_sleep" in done.stderr and "in finalize_model_grads" in done.stderr
+    assert re.search(r"^\[rank 1\] .* in batch_or_sleep$", done.stderr, re.MULTILINE), done.stderr
+    assert re.search(r"^\[rank 0\] .* in finalize_model_grads$", done.stderr, re.MULTILINE), done.stderr
