@@ -325,10 +325,14 @@ class Config:
         return 1 if context == 1 else 2 * context
 
     @property
+    def texts_per_sample(self) -> int:
+        """Texts that the model reads of one sample, each of --seq-length tokens at most."""
+        return 2 if self.has_scalar_head else 1
+
+    @property
     def pack_tokens(self) -> int:
         """Most tokens of a micro-batch."""
-        sequences = 2 if self.has_scalar_head else 1
-        return self.training.micro_batch_size * sequences * self.data.seq_length
+        return self.training.micro_batch_size * self.texts_per_sample * self.data.seq_length
 
     @property
     def pack_multiple(self) -> int:

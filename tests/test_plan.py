@@ -56,10 +56,10 @@ def parameters_of_a_process(flags: str) -> int:
 
 
 @pytest.mark.parametrize("layout", PARALLEL)
-@pytest.mark.parametrize("objective", ["response-lm", "pair-preference"])
+@pytest.mark.parametrize("objective", ["response-lm", "pair-preference", "bradley-terry"])
 def test_parameters_are_those_of_the_model(pool, layout, objective):
     processes, given = PARALLEL[layout]
-    for extra in ("", " --qk-layernorm True", " --lora-rank 4"):
+    for extra in ("", " --qk-layernorm True", " --sft-loss-weight 0.1" if objective == "bradley-terry" else " --lora-rank 4"):
         assert pool.run(parameters_of_a_process, processes, f"{given} --objective {objective}{extra}") == [0] * processes
 
 
@@ -218,7 +218,8 @@ def test_command_prints_writes_and_refuses(tmp_path, capsys):
         (["--layout", "zp=8"], "unknown size 'zp'"),
         (["--layout", "mbs=0"], "mbs=0 is not a positive number"),
         (["--global-batch-size", "4", "--layout", "tp=1"], "less than a sample each"),
-        (["--sample-tokens", "900"], "more than --seq-length 512"),
+        (["--sample-tokens", "900"], "more than the 512 that --seq-length allows"),
+        (["--sample-tokens", "900", "--objective", "bradley-terry", "--layout", "cp=2"], "bradley-terry has no CP"),
         (["--gpus", "0"], "--gpus 0 must be positive"),
     ):
         with pytest.raises(SystemExit) as stopped:

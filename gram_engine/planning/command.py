@@ -29,12 +29,12 @@ class PlanArguments:
     shape: ModelConfig = field(default_factory=ModelConfig)
     gpu_memory_gb: float = 80.0
     """Memory of one GPU as its vendor states it (80: H100, 141: H200), counted in GiB."""
-    objective: Literal["response-lm", "pair-preference"] = "pair-preference"
-    """Stage 1 (response-lm) or stage 2 (pair-preference)."""
+    objective: Literal["response-lm", "pair-preference", "bradley-terry"] = "pair-preference"
+    """Stage 1 (response-lm), stage 2 (pair-preference), or the discriminative baseline (bradley-terry)."""
     seq_length: int = 2048
-    """Most tokens in one sample."""
+    """Most tokens in one sample, or in each of bradley-terry's two texts."""
     sample_tokens: Optional[float] = None
-    """Mean tokens of a sample; default: --seq-length."""
+    """Mean tokens of a sample, of bradley-terry's two texts together; default: the most that --seq-length allows."""
     response_fraction: float = 1.0
     """Stage 1: part of a sample's tokens that carries loss."""
     global_batch_size: int = 32
@@ -82,13 +82,14 @@ def make_plans(arguments: PlanArguments) -> list[Plan]:
     for name, value in (("response-fraction", arguments.response_fraction), ("overlap", hardware.overlap)):
         if not 0 <= value <= 1:
             raise ConfigError(f"--{name} {value} must be in [0, 1].")
-    sample_tokens = arguments.sample_tokens or float(arguments.seq_length)
-    if sample_tokens > arguments.seq_length:
-        raise ConfigError(f"--sample-tokens {sample_tokens:g} is more than --seq-length {arguments.seq_length}.")
+    config = configuration(arguments)
+    most = config.texts_per_sample * arguments.seq_length
+    sample_tokens = arguments.sample_tokens or float(most)
+    if sample_tokens > most:
+        raise ConfigError(f"--sample-tokens {sample_tokens:g} is more than the {most} that --seq-length allows.")
     engine = dataclasses.replace(GPU, local_layers=arguments.shape.transformer_impl == "local")
     cluster = Cluster(arguments.gpus, arguments.gpu_memory_gb, hardware, engine)
     data = Data(sample_tokens, arguments.response_fraction)
-    config = configuration(arguments)
     if arguments.layout is not None:
         return [evaluate(config, parse_layout(arguments.layout), cluster, data)]
     return best_layouts(config, cluster, data, arguments.top)
@@ -135,7 +136,7 @@ def report(plans: list[Plan], arguments: PlanArguments) -> str:
 
 
 ERROR = (
-    "of memory, at most 3 % on CPU layouts (tools/benchmark_planner.py) and not measured on GPUs; "
+    "of memory, at most 3 % on CPU layouts of stages 1 and 2 (tools/benchmark_planner.py), not measured on GPUs; "
     "of tokens/s, -7 % to -26 % against published FP8 runs."
 )
 _MEMORY = ("param", "grad", "optim", "activ", "logits", "temp", "other")

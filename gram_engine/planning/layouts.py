@@ -51,7 +51,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Data:
-    """sample_tokens: mean length of a sample; response_fraction: of its tokens, those that stage 1 learns."""
+    """sample_tokens: mean length of a sample (all its texts); response_fraction: of its tokens, those that stage 1 learns."""
 
     sample_tokens: float
     response_fraction: float = 1.0
@@ -112,6 +112,7 @@ def obstacle(config: Config, layout: Layout, gpus: int) -> Optional[str]:
         (model.ffn_hidden_size % tp, f"TP {tp} does not divide the feed-forward width {model.ffn_hidden_size}"),
         (model.num_layers % (pp * vpp), f"PP {pp} x VPP {vpp} does not divide the {model.num_layers} layers"),
         (vpp > 1 and pp == 1, f"VPP {vpp} needs PP of at least 2"),
+        (layout.cp > 1 and config.has_scalar_head, "bradley-terry has no CP: the ends of a pair's texts would lie apart"),
         (config.data.seq_length % context_cuts, f"CP {layout.cp} cuts samples into {context_cuts} chunks; "
          f"--seq-length {config.data.seq_length} is no multiple of that"),
         (config.training.global_batch_size < data_parallel,
@@ -151,16 +152,17 @@ def evaluate(config: Config, layout: Layout, cluster: Cluster, data: Data) -> Pl
     samples = config.training.global_batch_size
     data_parallel = cluster.gpus // layout.model_parallel
     own_samples = math.ceil(samples / data_parallel)
-    in_pack = min(own_samples, max(1, int(layout.mbs * config.data.seq_length // data.sample_tokens)))
+    in_pack = min(own_samples, max(1, int(made.pack_tokens // data.sample_tokens)))
     microbatches = math.ceil(own_samples / in_pack)
     if layout.vpp > 1:
         microbatches = -(-microbatches // layout.pp) * layout.pp
     stage_1 = config.training.objective == "response-lm"
-    sample_rows = data.response_fraction * data.sample_tokens if stage_1 else 1
-    work = Work(samples * data.sample_tokens, samples * sample_rows, samples * data.sample_tokens**2)
+    texts = made.texts_per_sample
+    sample_rows = data.response_fraction * data.sample_tokens if stage_1 else texts
+    work = Work(samples * data.sample_tokens, samples * sample_rows, samples * data.sample_tokens**2 / texts)
     # The fullest pack counts for memory, the mean one for time.
-    fullest = min(layout.mbs, own_samples) * config.data.seq_length
-    full_rows = fullest * data.response_fraction / layout.cp if stage_1 else in_pack
+    fullest = min(layout.mbs, own_samples) * texts * config.data.seq_length
+    full_rows = fullest * data.response_fraction / layout.cp if stage_1 else texts * in_pack
     pack = Pack(fullest / layout.cp, full_rows)
     shards = data_parallel * layout.cp if made.parallel.use_distributed_optimizer else 1
     by_stage = [peak_memory(made, stage, pack, microbatches, shards, cluster.engine) for stage in range(layout.pp)]

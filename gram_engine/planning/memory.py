@@ -110,9 +110,10 @@ def parameter_count(config: Config, stage: int) -> int:
     if stage == 0:
         count += vocabulary
     if stage == stages - 1:
-        count += model.hidden_size
+        count += model.hidden_size * (2 if config.has_scalar_head else 1)
         # A tied weight on a pipeline is there twice, unless stage 2 borrows its two rows (model/reward_model.py).
-        count += vocabulary if untied or (stages > 1 and not config.label_rows_only) else 0
+        own = untied or (stages > 1 and not config.label_rows_only)
+        count += vocabulary if config.has_vocabulary_head and own else 0
     return count
 
 
