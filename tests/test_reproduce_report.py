@@ -55,7 +55,8 @@ def test_differences_are_paired_by_seed_and_pair():
 
 def test_orders_and_verdicts():
     assert kendall_tau([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(4 / 6) and kendall_tau([1, 2], [2, 1]) == -1
-    clear, unclear = Estimate(0.1, 0.05, 0.15), Estimate(0.1, -0.05, 0.25)
+    clear, unclear = Estimate(0.1, 0.05, 0.15, seeds=3), Estimate(0.1, -0.05, 0.25, seeds=3)
+    assert not Estimate(0.1, 0.05, 0.15, seeds=1).is_clear
     assert [verdict(paper, ours) for paper in (2.0, -2.0) for ours in (clear, unclear)] == [
         "agrees", "same direction, within chance", "contradicts", "other direction, within chance"
     ]  # fmt: skip
@@ -93,10 +94,10 @@ def test_report_sets_figures_beside_the_papers(tmp_path):
     for told in (
         "Ours agree: GRAM-v1 against GRAM (out of distribution)",
         "Not measured: plain",
-        "| GRAM-v1 | 0.720 (",
+        "| GRAM-v1 | 72.0 (",
         "-30.0 (-",
-        "| known | in distribution | 200 | 0.500 | 0.00 |",
-        "| letters | out of distribution | 200 | 0.600 | 0.25 |",
+        "| known | in distribution | 200 | 50.0 | 0 |",
+        "| letters | out of distribution | 200 | 60.0 | 25 |",
         "What the figures do not show",
         "The paper: Table 4. The text names the drop of v1",
     ):

@@ -6,8 +6,9 @@ import base64
 from dataclasses import dataclass
 from html import escape
 from io import BytesIO
+from itertools import groupby
 from pathlib import Path
-from typing import Sequence
+from typing import Iterator, Sequence
 
 from gram_engine.fileio import write_atomically
 
@@ -100,7 +101,7 @@ def write_document(folder: Path, name: str, title: str, blocks: Sequence[Block])
     with write_atomically(folder / f"{name}.md") as handle:
         handle.write(f"# {title}\n\n" + "\n\n".join(map(_markdown, blocks)) + "\n")
     with write_atomically(folder / f"{name}.html") as handle:
-        handle.write(page(title, "".join(map(_html, blocks))))
+        handle.write(page(title, "".join(_html_blocks(blocks))))
 
 
 def _markdown(block: Block) -> str:
@@ -114,11 +115,18 @@ def _markdown(block: Block) -> str:
     return block
 
 
-def _html(block: Block) -> str:
+def _html_blocks(blocks: Sequence[Block]) -> Iterator[str]:
+    """Plots that follow each other stand side by side."""
+    for are_plots, group in groupby(blocks, lambda block: isinstance(block, Plot)):
+        if are_plots:
+            yield f'<div class="plots">{"".join(image(plot.caption, plot.png) for plot in group)}</div>'
+        else:
+            yield from map(_html, group)
+
+
+def _html(block: Heading | Table | str) -> str:
     if isinstance(block, Heading):
         return f"<h2>{escape(block.text)}</h2>"
-    if isinstance(block, Plot):
-        return f'<div class="plots">{image(block.caption, block.png)}</div>'
     if isinstance(block, Table):
         lines = [_row("th", block.head), *(_row("td", row) for row in block.rows)]
         return f"<div class='scroll'><table>{''.join(lines)}</table></div>"

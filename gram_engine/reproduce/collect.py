@@ -19,16 +19,17 @@ REPEATS = 2000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its 95 % interval."""
+    """A mean over `seeds` trainings, and its 95 % interval."""
 
     mean: float
     low: float
     high: float
+    seeds: int
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval of a difference leaves zero out."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval of a difference leaves zero out; that of one training does not know what another would give."""
+        return self.seeds > 1 and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def bootstrap(matrices: Sequence[np.ndarray]) -> Estimate:
         by_pair = resampling_weights(matrix.shape[1], REPEATS, rng)
         means += np.einsum("rs,rs->r", by_seed, by_pair @ matrix.T) / len(matrices)
     low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(np.mean([matrix.mean() for matrix in matrices])), float(low), float(high))
+    mean = np.mean([matrix.mean() for matrix in matrices])
+    return Estimate(float(mean), float(low), float(high), seeds=len(matrices[0]))
 
 
 def collect(plan: Plan) -> Results:

@@ -133,12 +133,12 @@ def _orders(published: Published, columns: Sequence[Column], lines: Sequence[tup
 def _claims(
     section: Section, published: Published, columns: Sequence[Column], rows: Sequence[Row], results: Results
 ) -> Iterator[dict[str, Any]]:
-    """Each row less the reference, with the paper's difference where it has one."""
+    """Each row less the reference in the mean over each kind of set, with the paper's difference where it has one."""
     reference = next((row for row in rows if row.label == section.reference), None)
     if reference is None:
         return
     for row in rows:
-        for column in columns:
+        for column in (one for one in columns if one.published):
             ours = results.difference(row.variant, reference.variant, column.sets)
             if row == reference or ours is None:
                 continue

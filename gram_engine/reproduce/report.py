@@ -82,7 +82,7 @@ def _own_notes(plan: Plan, results: Results) -> Iterator[str]:
         f"Intervals (95 %) resample {len(recipe.seeds)} seeds and the test pairs, independently. Few seeds show little of what "
         "other seeds would give, so an interval is rather too narrow than too wide."
     )
-    sizes = ", ".join(f"{name}: {count:,} pairs, +/- {0.98 / count**0.5:.3f}" for name, count in results.pairs.items())
+    sizes = ", ".join(f"{name}: {count:,} pairs, +/- {98 / count**0.5:.1f} points" for name, count in results.pairs.items())
     if sizes:
         yield f"What chance alone does to an accuracy near one half, one model: {sizes}."
     yield (
@@ -98,13 +98,14 @@ def _blocks(content: Mapping[str, Any]) -> Iterator[Block]:
     )
     yield from _summary(content)
     rows = [
-        [name, KINDS[one["kind"]], f"{one['pairs']:,}", f"{one['longer_wins']:.3f}", _share(one["shortened"])]
+        [name, KINDS[one["kind"]], f"{one['pairs']:,}", f"{100 * one['longer_wins']:.1f}", _share(one["shortened"])]
         for name, one in content["sets"].items()
     ]
     yield Table(["test set", "kind", "pairs", "longer wins", "shortened"], rows)
     yield (
-        "Longer wins: the accuracy of always taking the longer response. Shortened: share of the pairs whose texts were cut to "
-        "the sequence length, for the variant that cuts most. An even reward counts one half."
+        "All accuracies are percentages, with 95 % intervals in brackets; an even reward counts one half. Longer wins: the "
+        "accuracy of always taking the longer response. Shortened: percentage of the pairs whose texts were cut to the "
+        "sequence length, for the variant that cuts most."
     )
     for number, section in enumerate(content["sections"], 1):
         yield from _section(section, f"section-{number}")
@@ -178,7 +179,7 @@ def _claims(claims: Sequence[Mapping[str, Any]]) -> Table:
             claim["row"],
             claim["column"],
             "" if claim["paper"] is None else f"{claim['paper']:+.1f}",
-            _estimate({name: 100 * value for name, value in claim["ours"].items()}, "+.1f"),
+            _estimate(claim["ours"], "+.1f"),
             claim["verdict"] or "",
         ]
         for claim in claims
@@ -190,11 +191,11 @@ def _line(line: Mapping[str, Any], axis: str) -> str:
     first, last = line["ends"]
     told = f"{line['line']}, {line['column']}: best at {axis} {line['best']:g}"
     if line["end_less_beginning"]:
-        told += f"; at {last:g} less at {first:g}: {_estimate(line['end_less_beginning'], '+.3f')}"
+        told += f"; at {last:g} less at {first:g}: {_estimate(line['end_less_beginning'], '+.1f')} points"
     if line["paper_best"] is not None:
         told += f"; the paper's best is {line['paper_best']:g}"
         if line["paper_best_less_best"] and line["paper_best"] != line["best"]:
-            told += f", which is here {_estimate(line['paper_best_less_best'], '+.3f')} to our best"
+            told += f", which is here {_estimate(line['paper_best_less_best'], '+.1f')} points to our best"
     return told + "."
 
 
@@ -241,6 +242,8 @@ def _plots(section: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
 
 
 def _row_plot(rows: Sequence[Mapping[str, Any]], number: int, _: str) -> bytes:
+    from matplotlib.ticker import PercentFormatter
+
     figure, axes = new_figure(6.0, max(2.0, 0.35 * len(rows) + 1.0))
     for place, row in enumerate(rows):
         estimate = row["figures"][number]
@@ -248,11 +251,14 @@ def _row_plot(rows: Sequence[Mapping[str, Any]], number: int, _: str) -> bytes:
         axes.plot(estimate["mean"], place, "o", color=COLOURS[0])
     axes.axvline(0.5, color=GREY, linewidth=0.8, linestyle="--")
     axes.set(yticks=range(len(rows)), yticklabels=[row["label"] for row in rows], xlabel="accuracy")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_ylim(len(rows) - 0.5, -0.5)
     return png_of(figure)
 
 
 def _line_plot(rows: Sequence[Mapping[str, Any]], number: int, axis: str) -> bytes:
+    from matplotlib.ticker import PercentFormatter
+
     figure, axes = new_figure(6.0, 4.0)
     labels = list(dict.fromkeys(row["label"] for row in rows))
     for colour, label in zip(_colours(len(labels)), labels):
@@ -262,6 +268,7 @@ def _line_plot(rows: Sequence[Mapping[str, Any]], number: int, axis: str) -> byt
         axes.plot(places, [one["mean"] for _, one in own], "o-", color=colour, label=label)
     axes.axhline(0.5, color=GREY, linewidth=0.8, linestyle="--")
     axes.set(xlabel=axis, ylabel="accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(frameon=False, fontsize=8)
     return png_of(figure)
 
@@ -270,11 +277,13 @@ def _colours(count: int) -> list[str]:
     return [COLOURS[number % len(COLOURS)] for number in range(count)]
 
 
-def _estimate(estimate: Optional[Mapping[str, float]], form: str = ".3f") -> str:
+def _estimate(estimate: Optional[Mapping[str, float]], form: str = ".1f") -> str:
+    """In percent, or in points."""
     if estimate is None:
         return "–"
-    return f"{estimate['mean']:{form}} ({estimate['low']:{form}} to {estimate['high']:{form}})"
+    mean, low, high = (f"{100 * estimate[name]:{form}}" for name in ("mean", "low", "high"))
+    return f"{mean} ({low}{' to ' if '+' in form else '–'}{high})"
 
 
 def _share(value: Optional[float]) -> str:
-    return "–" if value is None else f"{value:.2f}"
+    return "–" if value is None else f"{100 * value:.0f}"

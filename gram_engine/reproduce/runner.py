@@ -23,6 +23,7 @@ from gram_engine.command_line import parse
 from gram_engine.errors import ConfigError
 from gram_engine.fileio import write_atomically
 from gram_engine.reproduce.plan import Job
+from gram_engine.training.stopping import LEAVING
 
 
 class Runner:
@@ -106,6 +107,8 @@ class Runner:
         seconds = time.perf_counter() - started
         if status:
             return f"exit status {status}: {_last_words(job.log)} (all of it: {job.log})", seconds
+        if told := next((line for line in _lines(job.log) if LEAVING in line), None):
+            return f"{told}. Give the command again to go on.", seconds
         with write_atomically(job.mark) as handle:
             date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             json.dump({"command": str(job), "seconds": round(seconds, 2), "date": date}, handle, indent=1)
@@ -198,7 +201,11 @@ def _program(name: str) -> str:
     return str(program) if program.is_file() else name
 
 
+def _lines(log: Path) -> list[str]:
+    return [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+
+
 def _last_words(log: Path) -> str:
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = _lines(log)
     errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or lines or ["it printed nothing"])[-1].strip()
+    return (errors or lines or ["it printed nothing"])[-1]

@@ -27,7 +27,7 @@ from gram_engine.training.numerics import NumericsGuard
 from gram_engine.training.optimizer import build_optimizer, build_scheduler, connect_schedule, step_if, wrap_ddp
 from gram_engine.training.reporting import Reporter, log
 from gram_engine.training.step import run_schedule, summed_stats
-from gram_engine.training.stopping import StopRequests
+from gram_engine.training.stopping import LEAVING, StopRequests
 from gram_engine.training.watchdog import Watchdog
 
 
@@ -97,9 +97,9 @@ class Trainer:
                 metrics = {**metrics, **self.evaluate()}
             if config.checkpoint.save and self._due(config.checkpoint.save_interval, finished):
                 self.save()
-            if stop is not None:
+            if stop is not None and state.iteration < last_step:
                 saved = "saved" if config.checkpoint.save else "nothing saved (no --save)"
-                log(f"{stop}: leaving after step {state.iteration}/{self.total_steps}, {saved}")
+                log(f"{stop}: {LEAVING} {state.iteration}/{self.total_steps}, {saved}")
                 break
         return metrics
 

@@ -11,6 +11,9 @@ import torch.distributed as dist
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What Slurm and cluster managers send before they end a job."""
 
+LEAVING = "leaving after step"
+"""In the last line of a run that left early, whose exit status is 0 all the same."""
+
 
 class StopRequests:
     """Notes a request in any process; all processes learn of it after the same step.
