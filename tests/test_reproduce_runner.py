@@ -15,6 +15,7 @@ import yaml
 from gram_engine.errors import ConfigError
 from gram_engine.reproduce import command
 from gram_engine.reproduce.runner import Runner, alone_in
+from gram_engine.training.stopping import LEAVING
 from tests.recipe_lab import changed, content, demonstration
 from tests.shell_jobs import shell_jobs
 
@@ -47,6 +48,20 @@ def test_a_failure_takes_along_only_what_needs_it(tmp_path):
     again = Runner(mended, 1, said.append)
     again.run()
     assert not again.failed and runs_of(tmp_path)[3:] == ["bad", "after-bad"], "what was done is not done again"
+
+
+def test_a_training_that_left_early_is_not_done(tmp_path):
+    """On SIGTERM a trainer saves and exits with 0, and a cluster's manager sends it to trainers and runner alike."""
+    left = f"received SIGTERM: {LEAVING} 3/9, saved"
+    jobs = shell_jobs(tmp_path, {"train": (f"echo '{left}'", ()), "convert": ("true", ("train",))})
+    runner = Runner(jobs, 1, lambda _: None)
+    runner.run()
+    assert runner.failed == {
+        f"{tmp_path.name}/train": f"{left}. Give the command again to go on.", f"{tmp_path.name}/convert": "needs: train"
+    }  # fmt: skip
+    again = Runner(shell_jobs(tmp_path, {"train": ("true", ()), "convert": ("true", ("train",))}), 1, lambda _: None)
+    again.run()
+    assert not again.failed and runs_of(tmp_path) == ["train", "train", "convert"]
 
 
 @pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL], ids=["terminated", "killed"])
