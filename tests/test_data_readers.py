@@ -160,6 +160,7 @@ def test_bad_rows(row, message, tmp_path):
         ("a.jsonl", b"[1,\n2]\n", "a.jsonl:1: not valid JSON: .* A JSON array must be in a file named .json."),
         ("a.json", b"[" + ROW + b',\n\n{"prompt" 3}]', "a.json:3: not valid JSON: Expecting ':' delimiter at column 11"),
         ("a.json", b"[" + ROW + b"\n" + ROW + b"]", "a.json:2: not valid JSON: Expecting ',' or ']' at column 1"),
+        ("a.json", b'[{"a": {"b": 1, "b": 2}, "c": ]', "a.json:1: not valid JSON: Expecting value at column 31"),
         ("a.jsonl", ROW + b'\n{"prompt": \n', "a.jsonl:2: not valid JSON: Expecting value at column 11. Write one JSON object"),
         ("a.jsonl", b"\n", "a.jsonl: no rows"),
         ("a.jsonl.gz", gzip.compress(ROW + b"\n")[:-9], "a.jsonl.gz:2: not a whole gzip file"),
@@ -170,6 +171,16 @@ def test_unreadable_files(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         list(read_rows([tmp_path / name], DataConfig()))
+
+
+def test_a_parquet_file_whose_row_groups_miscount_is_refused(tmp_path):
+    """Page checksums do not cover the counts in its footer: of 20 rows pyarrow silently reads 5 here."""
+    from tests.test_data_faults import PARQUET
+
+    negative = PARQUET.replace(b"\x16\x0e\x26", b"\x16\x0f\x26", 1)  # rows of the first group, zigzag: 7 -> -8
+    (tmp_path / "a.parquet").write_bytes(negative)
+    with pytest.raises(DataError, match="a.parquet:6: not a readable Parquet file .5 of 20 rows found"):
+        list(read_rows([tmp_path / "a.parquet"], DataConfig()))
 
 
 def test_a_missing_file_is_found_before_the_others_are_read(tmp_path):

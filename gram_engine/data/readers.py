@@ -149,9 +149,7 @@ def _array_rows(path: Path, raw: bytes) -> Iterator[tuple[int, Any]]:
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
         try:
-            row, end = _DECODER.raw_decode(text, position)
-        except BadRow as problem:
-            row, end = problem, json.JSONDecoder().raw_decode(text, position)[1]
+            row, end = _element(text, position)
         except json.JSONDecodeError as error:
             raise _broken_array(path, text, error.msg, error.pos) from None
         except (ValueError, RecursionError) as error:
@@ -165,6 +163,14 @@ def _array_rows(path: Path, raw: bytes) -> Iterator[tuple[int, Any]]:
     position = _skip_space(text, position + 1)
     if position < len(text):
         raise _broken_array(path, text, "Expecting nothing after the array", position)
+
+
+def _element(text: str, position: int) -> tuple[Any, int]:
+    """(row, or the BadRow that says why there is none, though it is JSON; where it ends)."""
+    try:
+        return _DECODER.raw_decode(text, position)
+    except BadRow as problem:
+        return problem, json.JSONDecoder().raw_decode(text, position)[1]
 
 
 def _broken_array(path: Path, text: str, message: str, position: int) -> DataError:
@@ -192,6 +198,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
+        if number != file.metadata.num_rows:
+            raise ValueError(f"{number} of {file.metadata.num_rows} rows found")
     # A damaged file makes pyarrow raise nearly anything, MemoryError for a length that is wrong among it.
     except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
         raise DataError(f"{path}:{number + 1}: not a readable Parquet file ({error}). Download it again.") from None
