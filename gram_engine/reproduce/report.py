@@ -116,8 +116,14 @@ def _blocks(content: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def _summary(content: Mapping[str, Any]) -> Iterator[Block]:
-    """What agrees with the paper, what does not, and what is missing."""
+    """Whether the models judge at all; what agrees with the paper, what does not, and what is missing."""
     yield Heading("Beside the paper")
+    own = [one for variant in content["variants"].values() for one in variant["sets"].values()]
+    above, below = sum(one["low"] > 0.5 for one in own), sum(one["high"] < 0.5 for one in own)
+    yield (
+        f"{len(own)} accuracies, each of a variant on a test set: {above} are clearly above one half, {below} clearly below, "
+        f"{len(own) - above - below} within chance of it."
+    )
     claims = [claim for section in content["sections"] for claim in section["claims"] if claim["verdict"]]
     counts = Counter(claim["verdict"] for claim in claims)
     if claims:
