@@ -122,7 +122,7 @@ def _summary(content: Mapping[str, Any]) -> Iterator[Block]:
     above, below = sum(one["low"] > 0.5 for one in own), sum(one["high"] < 0.5 for one in own)
     yield (
         f"{len(own)} accuracies, each of a variant on a test set: {above} are clearly above one half, {below} clearly below, "
-        f"{len(own) - above - below} within chance of it."
+        f"{len(own) - above - below} within chance of it. Chance alone would make about {0.05 * len(own):.0f} seem clear."
     )
     claims = [claim for section in content["sections"] for claim in section["claims"] if claim["verdict"]]
     counts = Counter(claim["verdict"] for claim in claims)
