@@ -215,7 +215,7 @@ def _best_of_n(curves: Mapping[str, Mapping[int, list[dict[str, float]]]]) -> It
     most = min(len(curve) for by_seed in curves.values() for curve in by_seed.values())
     kls = [point["kl"] for point in next(iter(next(iter(curves.values())).values()))[:most]]
     found = {
-        kind: {name: _by_seed(by_seed, kind)[:, :most] for name, by_seed in curves.items()} for kind in ("oracle", "proxy")
+        kind: {name: _by_seed(by_seed, kind, most) for name, by_seed in curves.items()} for kind in ("oracle", "proxy")
     }
     head = [f"{name}, {kind}" for kind, own in found.items() for name in own]
     rows = [
@@ -233,10 +233,9 @@ def _best_of_n(curves: Mapping[str, Mapping[int, list[dict[str, float]]]]) -> It
         yield Plot(f"best-of-n-{kind}", f"Best of n: {kind} score against KL", png_of(figure))
 
 
-def _by_seed(curves: Mapping[int, list[dict[str, float]]], kind: str) -> np.ndarray:
-    """[seeds, n]"""
-    shortest = min(map(len, curves.values()))
-    return np.array([[point[kind] for point in curve[:shortest]] for curve in curves.values()])
+def _by_seed(curves: Mapping[int, list[dict[str, float]]], kind: str, most: int) -> np.ndarray:
+    """[seeds, n] for n = 1 ... most."""
+    return np.array([[point[kind] for point in curve[:most]] for curve in curves.values()])
 
 
 def _plots(section: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
