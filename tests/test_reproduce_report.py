@@ -92,7 +92,7 @@ def test_report_sets_figures_beside_the_papers(tmp_path):
     assert not re.search(r"(src|href)=['\"](?!data:)", page), "the page needs nothing from elsewhere"
     assert "<script>alert" not in page and "&lt;script&gt;" in page
     for told in (
-        "4 accuracies, each of a variant on a test set: 4 are clearly above one half, 0 clearly below, 0 within chance of it. Chance",
+        "4 accuracies, each of a variant on a test set: 4 are clearly above one half, 0 clearly below, 0 within chance of it",
         "Ours agree: GRAM-v1 against GRAM (out of distribution)",
         "Not measured: plain",
         "| GRAM-v1 | 72.0 (",
