@@ -13,15 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator
 
-from tests.hand_made import (
-    in_child,
-    load,
-    manifest_and_tokenizer,
-    meant,
-    quick_run_config_of,
-    save,
-    with_flags,
-)
+from tests.hand_made import in_child, load, manifest_and_tokenizer, meant, quick_run_config_of, save, with_flags
 
 LONG = os.environ.get("GRAM_FAULTS") == "long"
 

@@ -21,13 +21,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 from tests.fault_lab import LONG, Fault, Lab, Trap, calls_of, die, disk_full, io_error
-from tests.hand_made import (
-    in_child,
-    in_world,
-    load,
-    save,
-    start_world,
-)
+from tests.hand_made import in_child, in_world, load, save, start_world
 
 
 def kill_while_saving(lab: Lab) -> Iterator[str]:

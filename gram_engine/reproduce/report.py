@@ -10,6 +10,7 @@ from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 
+from gram_engine.evaluation.best_of_n import kl_of
 from gram_engine.evaluation.page import GREY, Block, Heading, Plot, Table, new_figure, png_of, write_document
 from gram_engine.fileio import write_atomically
 from gram_engine.reproduce.collect import Results
@@ -213,14 +214,14 @@ def _best_of_n(curves: Mapping[str, Mapping[int, list[dict[str, float]]]]) -> It
         "own (proxy). Bands: lowest and highest seed. Proxies of different variants are on different scales."
     )
     most = min(len(curve) for by_seed in curves.values() for curve in by_seed.values())
-    kls = [point["kl"] for point in next(iter(next(iter(curves.values())).values()))[:most]]
+    kls = [kl_of(n) for n in range(1, most + 1)]
     found = {
         kind: {name: _by_seed(by_seed, kind, most) for name, by_seed in curves.items()} for kind in ("oracle", "proxy")
     }
     head = [f"{name}, {kind}" for kind, own in found.items() for name in own]
     rows = [
-        [str(place + 1), f"{kl:.3f}", *(f"{one[:, place].mean():.3f}" for own in found.values() for one in own.values())]
-        for place, kl in enumerate(kls)
+        [str(n), f"{kl:.3f}", *(f"{one[:, n - 1].mean():.3f}" for own in found.values() for one in own.values())]
+        for n, kl in enumerate(kls, 1)
     ]
     yield Table(["n", "KL", *head], rows)
     for kind, own in found.items():
@@ -247,8 +248,6 @@ def _plots(section: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
 
 
 def _row_plot(rows: Sequence[Mapping[str, Any]], number: int, _: str) -> bytes:
-    from matplotlib.ticker import PercentFormatter
-
     figure, axes = new_figure(6.0, max(2.0, 0.35 * len(rows) + 1.0))
     for place, row in enumerate(rows):
         estimate = row["figures"][number]
@@ -256,14 +255,12 @@ def _row_plot(rows: Sequence[Mapping[str, Any]], number: int, _: str) -> bytes:
         axes.plot(estimate["mean"], place, "o", color=COLOURS[0])
     axes.axvline(0.5, color=GREY, linewidth=0.8, linestyle="--")
     axes.set(yticks=range(len(rows)), yticklabels=[row["label"] for row in rows], xlabel="accuracy")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_formatter("{x:.1%}")
     axes.set_ylim(len(rows) - 0.5, -0.5)
     return png_of(figure)
 
 
 def _line_plot(rows: Sequence[Mapping[str, Any]], number: int, axis: str) -> bytes:
-    from matplotlib.ticker import PercentFormatter
-
     figure, axes = new_figure(6.0, 4.0)
     labels = list(dict.fromkeys(row["label"] for row in rows))
     for colour, label in zip(_colours(len(labels)), labels):
@@ -273,7 +270,7 @@ def _line_plot(rows: Sequence[Mapping[str, Any]], number: int, axis: str) -> byt
         axes.plot(places, [one["mean"] for _, one in own], "o-", color=colour, label=label)
     axes.axhline(0.5, color=GREY, linewidth=0.8, linestyle="--")
     axes.set(xlabel=axis, ylabel="accuracy")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_major_formatter("{x:.1%}")
     axes.legend(frameon=False, fontsize=8)
     return png_of(figure)
 
