@@ -96,7 +96,7 @@ def _steps(trainer, number: int, save: bool) -> float:
     if save:
         trainer.saver.save(trainer.state, trainer.model, trainer.optimizer, trainer.scheduler)
     for _ in range(number):
-        batch = trainer.loader.batch(trainer.state.consumed_samples)
+        batch = trainer.batches.batch(trainer.state.consumed_samples)
         trainer.step(batch)
         trainer.state.consumed_samples += batch.num_samples
         trainer.state.iteration += 1

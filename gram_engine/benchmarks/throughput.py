@@ -119,7 +119,7 @@ def timed_steps(trainer, warmup: int, steps: int) -> tuple[list[float], list, fl
     for _ in range(warmup + steps):
         trainer.platform.synchronize()
         started = time.perf_counter()
-        batch = trainer.loader.batch(trainer.state.consumed_samples)
+        batch = trainer.batches.batch(trainer.state.consumed_samples)
         stats, _ = trainer.step(batch)
         trainer.platform.synchronize()
         trainer.state.consumed_samples += batch.num_samples

@@ -1,4 +1,4 @@
-"""Context parallelism: which tokens of a pack each process holds.
+"""Context parallelism: which tokens of a pack each process holds, and where the keys of these lie.
 
 Every sequence is cut into 2 x size chunks of equal length; process r holds chunks r and 2 x size - 1 - r, so that all have
 the same share of causal attention.  It is the order of Megatron and Transformer Engine.
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gram_engine.data.loader import PackedBatch
+from gram_engine.kernels.attention import AttentionBounds, ranges
 
 
 def held_positions(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
@@ -20,45 +21,50 @@ def held_positions(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
     Args:
         cu_seqlens: int32 [sequences + 1]; each length is a multiple of 2 x size.
     """
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    chunk = lengths // (2 * size)
-    first = torch.stack([starts + rank * chunk, starts + (2 * size - 1 - rank) * chunk], dim=1).flatten()
-    return ranges(first, chunk.repeat_interleave(2))
-
-
-def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """The numbers of all ranges [start, start + length), one range after the other, int64."""
-    before = lengths.cumsum(0) - lengths
-    return torch.arange(int(lengths.sum())) + (starts - before).repeat_interleave(lengths)
+    _, first, chunk = _chunks(cu_seqlens, rank, size)
+    return ranges(first, chunk)
 
 
 def part_of(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
     """What process `rank` of `size` holds of a pack: its tokens and predicting rows, and in stage 2 the samples of these.
 
-    `cu_seqlens` and `max_seqlen` stay the whole pack's, as Megatron and Transformer Engine want them.
+    `cu_seqlens` and `max_seqlen` stay the whole pack's, as Megatron and Transformer Engine want them.  The keys of
+    `attention` and `label_attention` are rows of what all processes hold, by process.
     """
     held = [held_positions(batch.cu_seqlens, each, size) for each in range(size)]
     total = len(batch.tokens)
-    gather_order = torch.empty(total, dtype=torch.int64).index_copy_(0, torch.cat(held), torch.arange(total))
-    place = gather_order - rank * (total // size)
-    rows = place[batch.rows]
+    gathered_at = torch.empty(total, dtype=torch.int64).index_copy_(0, torch.cat(held), torch.arange(total))
+    rows = gathered_at[batch.rows] - rank * (total // size)
     here = (rows >= 0) & (rows < total // size)
     part = replace(
         batch,
         tokens=batch.tokens[held[rank]],
         position_ids=batch.position_ids[held[rank]],
         rows=rows[here],
-        gather_order=gather_order,
+        attention=_chunk_attention(batch.cu_seqlens, rank, size, gathered_at),
+        label_attention=None if batch.label_attention is None else _label_attention(batch, here, gathered_at),
     )
     if len(batch.targets):
         return replace(part, targets=batch.targets[here])
     of_samples = {name: getattr(batch, name)[here] for name in ("sample_ids", "preference", "weight", "margin")}
-    starts = batch.cu_seqlens[: len(here)].long()[here]  # rows are in the order of sequences, padding comes last
-    return replace(part, **of_samples, **_label_keys(starts, batch.rows[here], gather_order))
+    return replace(part, **of_samples)
 
 
-def _label_keys(starts: Tensor, rows: Tensor, gather_order: Tensor) -> dict[str, Tensor]:
-    """Where the keys that the label rows see lie: from the start of their sequence to themselves."""
-    lengths = rows + 1 - starts
-    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    return {"label_keys": gather_order[ranges(starts, lengths)], "label_cu_seqlens": bounds.to(torch.int32)}
+def _chunk_attention(cu_seqlens: Tensor, rank: int, size: int, gathered_at: Tensor) -> AttentionBounds:
+    """A process's two chunks of each sequence, each with the keys of its sequence up to the chunk's end."""
+    starts, first, chunk = _chunks(cu_seqlens, rank, size)
+    return AttentionBounds.of_ranges(chunk, starts, first + chunk - starts, gathered_at)
+
+
+def _label_attention(batch: PackedBatch, here: Tensor, gathered_at: Tensor) -> AttentionBounds:
+    """The label rows that `here` names, of the whole pack's, each with the keys of its sequence up to itself."""
+    starts, rows = batch.cu_seqlens[: len(here)].long()[here], batch.rows[here]
+    return AttentionBounds.of_ranges(torch.ones_like(rows), starts, rows + 1 - starts, gathered_at)
+
+
+def _chunks(cu_seqlens: Tensor, rank: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A process's chunks, two of each sequence: where their sequences begin, where they begin, their lengths, int64."""
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    chunk = lengths // (2 * size)
+    first = torch.stack([starts + rank * chunk, starts + (2 * size - 1 - rank) * chunk], dim=1).flatten()
+    return starts.repeat_interleave(2), first, chunk.repeat_interleave(2)

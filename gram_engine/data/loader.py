@@ -16,6 +16,7 @@ import torch
 from gram_engine.data.dataset import PairDataset
 from gram_engine.data.packing import plan
 from gram_engine.errors import ConfigError
+from gram_engine.kernels.attention import AttentionBounds
 
 PADDING_TOKEN = 0
 ATTENTION_COST = 1 / 24576
@@ -30,7 +31,7 @@ class PackedBatch:
     predicts (stage 2: the last token of each sample; stage 1: position p predicts token p + 1; bradley-terry: the last
     token of [x, y_a], then of [x, y_b], of each sample); targets: int64 [R] in stage 1, else empty; sample_ids, preference,
     weight, margin: [S], rows of the data set. Weights are scaled so that their mean over the global batch is 1.
-    gather_order, label_keys, label_cu_seqlens say how context-parallel processes share the pack (context_parallel.py).
+    attention, label_attention: the keys that each token and each label row sees; training/microbatches.py sets them.
     sft_rows, sft_targets: int64 [N], sft_weight: fp32 [N], where bradley-terry also learns the better response: positions,
     the tokens they predict, and the weight of each.
     """
@@ -45,9 +46,8 @@ class PackedBatch:
     preference: torch.Tensor
     weight: torch.Tensor
     margin: torch.Tensor
-    gather_order: torch.Tensor | None = None
-    label_keys: torch.Tensor | None = None
-    label_cu_seqlens: torch.Tensor | None = None
+    attention: AttentionBounds | None = None
+    label_attention: AttentionBounds | None = None
     sft_rows: torch.Tensor | None = None
     sft_targets: torch.Tensor | None = None
     sft_weight: torch.Tensor | None = None
@@ -58,6 +58,7 @@ class GlobalBatch:
     """This process's micro-batches of one step, equally many on every process, and the step's totals over all of them.
 
     sample_ids: int64 [samples], rows of the data set, the same on every process.
+    is_placed: whether the micro-batches are on the device, as this process's stage runs them (training/microbatches.py).
     """
 
     microbatches: list[PackedBatch]
@@ -66,6 +67,12 @@ class GlobalBatch:
     num_rows: int
     squared_lengths: int
     sample_ids: np.ndarray
+    is_placed: bool = False
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest micro-batch."""
+        return max(len(microbatch.tokens) for microbatch in self.microbatches)
 
 
 class PackedLoader:

@@ -21,10 +21,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gram_engine.config import Config
 from gram_engine.errors import ConfigError
+from gram_engine.model.attention import transformer_engine_attention
 from gram_engine.model.label_rows import DeferredRMSNorm, label_row_layer_spec
 from gram_engine.model.layers import RMSNorm, local_layer_spec
 from gram_engine.model.lora import adapted_layer_spec, freeze_base, initial_adapter, is_adapter, let_gradients_in
 from gram_engine.model.reward_model import RewardModel
+from gram_engine.model.rotary import inverse_frequencies
+from gram_engine.model.scalar_head import SCALAR_HEAD
 from gram_engine.model.te_layers import fp8_fields, uses_transformer_engine, without_fp8
 from gram_engine.platform import Platform
 
@@ -69,10 +72,11 @@ def transformer_config(config: Config, platform: Platform) -> TransformerConfig:
         # Interleaved stages: neighbours are the same process at PP 2, so batched messages could be mixed up.
         overlap_p2p_comm=config.virtual_pipeline_size is not None,
         batch_p2p_comm=config.virtual_pipeline_size is None,
+        batch_p2p_sync=False,  # waiting for the whole device after each message was a remedy for an older torch
         calculate_per_token_loss=True,
         **_recompute_fields(config),
         **fp8_fields(config),
-        apply_rope_fusion=uses_transformer_engine(config, platform),
+        apply_rope_fusion=False,  # attention rotates queries and keys itself (model/attention.py)
         bias_activation_fusion=platform.is_cuda,  # SwiGLU, and adding to the residual, compiled into one kernel each
         bias_dropout_fusion=platform.is_cuda,
         masked_softmax_fusion=False,
@@ -146,10 +150,7 @@ def build_model(config: Config, platform: Platform) -> list[RewardModel]:
                 borrows_label_rows=tied and borrows,
                 vocabulary_head=config.has_vocabulary_head,
                 scalar_head=config.has_scalar_head,
-                position_embedding_type="rope",
-                rotary_base=config.model.rotary_base,
-                rope_scaling=config.model.rope_scaling_factor is not None,
-                rope_scaling_factor=config.model.rope_scaling_factor or 1.0,
+                inverse_frequencies=inverse_frequencies(config.model).to(platform.device),
                 vp_stage=vp_stage,
             )
         if is_last and config.prunes_last_layer:
@@ -172,6 +173,8 @@ def _layers_and_norm(config: Config, platform: Platform) -> tuple[ModuleSpec, ty
     else:
         norm, layer_spec = RMSNorm, local_layer_spec
     layer = layer_spec(qk_layernorm=config.model.qk_layernorm)
+    if norm is not RMSNorm:
+        layer.submodules.self_attention.submodules.core_attention = transformer_engine_attention()
     if config.model.lora_rank is not None:
         layer = adapted_layer_spec(layer, config.model)
     return layer, DeferredRMSNorm if config.label_rows_only else norm
@@ -182,11 +185,16 @@ def initialise_weights(chunk: RewardModel, config: Config) -> None:
     """Normal initialisation (norms: ones), each tensor drawn from a generator seeded by its name and layer.
 
     Output projections of attention and MLP are scaled by 1 / sqrt(2 layers), as in Megatron.  Rows of the vocabulary's
-    padding are zero.  Adapters: model/lora.py.
+    padding are zero.  Adapters: model/lora.py.  Weights that the run loads are NaN until then, since drawing a large model
+    on the CPU takes minutes.
     """
     std = config.model.init_method_std
+    loaded = bool(config.model.load_hf or config.checkpoint.pretrained_checkpoint)
     for tensor in sharded_tensors(chunk):
         name, stacked = tensor.key, tensor.prepend_axis_num
+        if loaded and not is_adapter(name) and name != SCALAR_HEAD:
+            tensor.data.fill_(math.nan)
+            continue
         shape, offset = tensor.global_shape[stacked:], tensor.global_offset[stacked:]
         if len(shape) == 1:
             tensor.data.fill_(1.0)

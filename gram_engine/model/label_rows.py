@@ -11,9 +11,7 @@ import copy
 from dataclasses import replace
 from typing import Callable, ContextManager
 
-import torch
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -23,7 +21,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from gram_engine.model.attention import PackSequences, gather_keys, packed_attention
+from gram_engine.kernels.attention import packed_attention
+from gram_engine.model.attention import PackSequences, gather_keys, rotate_heads
 from gram_engine.model.layers import RMSNorm, wait_for_parameters
 from gram_engine.model.lora import adapter_of
 
@@ -65,9 +64,7 @@ class LabelRowLayer(TransformerLayer):
         fused = getattr(self.self_attention.linear_qkv, "layer_norm_weight", None)
         return self.input_layernorm.weight if fused is None else fused
 
-    def forward(
-        self, hidden_states: Tensor, *, rotary_pos_emb: Tensor, packed_seq_params: PackSequences, **_
-    ) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *, packed_seq_params: PackSequences, **_) -> tuple[Tensor, None]:
         sequences, attention = packed_seq_params, self.self_attention
         rows = sequences.label_rows
         wait_for_parameters(self.input_layernorm, attention.linear_qkv, attention.linear_proj)
@@ -79,13 +76,10 @@ class LabelRowLayer(TransformerLayer):
         else:
             normed = copy_to_tensor_model_parallel_region(normed, group=self.tp_group)
         query, key, value = self._query_key_value(normed, update, rows)
-        query = apply_rotary_pos_emb(
-            query.unsqueeze(1), rotary_pos_emb[sequences.label_positions], attention.config, cp_group=attention.pg_collection.cp
-        ).squeeze(1)
-        key = apply_rotary_pos_emb(
-            key, rotary_pos_emb, attention.config, sequences.cu_seqlens_kv, cp_group=attention.pg_collection.cp
-        )
-        attended = self._attend(query, key, value, sequences)
+        query = rotate_heads(query, sequences.cos[rows], sequences.sin[rows])
+        key = rotate_heads(key, sequences.cos, sequences.sin)
+        key, value = (gather_keys(part, attention.pg_collection.cp) for part in (key, value))
+        attended = packed_attention(query, key, value, sequences.label_attention)
         attended = attended.flatten(1).unsqueeze(1)
         part = F.linear(attended, attention.linear_proj.weight)
         if self.sequence_parallel:
@@ -95,7 +89,12 @@ class LabelRowLayer(TransformerLayer):
         if adapter := adapter_of(attention.linear_proj):
             hidden = hidden + adapter(attended)
         with self.without_fp8():
-            return self._forward_mlp(hidden), None
+            return self._mlp(hidden), None
+
+    def _mlp(self, hidden: Tensor) -> Tensor:
+        """The MLP of the label rows; a process that has none computes a row of zeros, since fused kernels refuse no rows."""
+        labels = len(hidden)
+        return self._forward_mlp(hidden if labels else F.pad(hidden, (0, 0, 0, 0, 0, 1)))[:labels]
 
     def _query_key_value(self, normed: Tensor, update: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[tokens, 1, hidden] -> query [labels, heads, dim], key and value [tokens, groups, dim].
@@ -116,15 +115,6 @@ class LabelRowLayer(TransformerLayer):
         if attention.config.qk_layernorm:
             query, key = attention.q_layernorm(query), attention.k_layernorm(key)
         return query, key, value
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, sequences: PackSequences) -> Tensor:
-        """Each label row's query to the keys of its whole sequence: [labels, heads, dim]."""
-        if sequences.label_keys is not None:
-            group = self.self_attention.pg_collection.cp
-            key, value = (gather_keys(part, sequences.label_keys, group) for part in (key, value))
-        one_each = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
-        bounds, longest = sequences.label_cu_seqlens, sequences.max_seqlen_kv
-        return packed_attention(query, key, value, one_each, bounds, 1, longest, causal=False)
 
     def _held(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
         """The rows that this process holds, zeros for the others."""

@@ -10,7 +10,9 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 from torch.nn import Module
 
+from gram_engine.model.attention import PackSequences
 from gram_engine.model.layers import wait_for_parameters
+from gram_engine.model.rotary import cos_and_sin
 from gram_engine.model.scalar_head import ScalarHead
 
 OutputProcessor = Callable[..., Any]
@@ -30,6 +32,7 @@ class RewardModel(GPTModel):
     megatron-core 0.18 has this hook as arguments of GPTModel.forward with the same names.  Checkpoint keys are GPTModel's.
 
     Args:
+        inverse_frequencies: of the rotary position embedding, [dim / 2] fp32; attention applies it (model/attention.py).
         vocabulary_head: whether the objective needs the output layer; without it the model has none, and passes None.
         scalar_head: whether the last stage has a head of one number, `score` (model/scalar_head.py).
         borrows_label_rows: tied embeddings on a pipeline, of which the objective needs the label tokens' rows only: it gets
@@ -42,6 +45,7 @@ class RewardModel(GPTModel):
     def __init__(
         self,
         *args,
+        inverse_frequencies: Tensor,
         share_embeddings_and_output_weights: bool,
         borrows_label_rows: bool = False,
         vocabulary_head: bool = True,
@@ -50,7 +54,9 @@ class RewardModel(GPTModel):
     ):
         self.owns_output_weight = vocabulary_head and not borrows_label_rows
         share = share_embeddings_and_output_weights and self.owns_output_weight
-        super().__init__(*args, share_embeddings_and_output_weights=share, **kwargs)
+        super().__init__(*args, share_embeddings_and_output_weights=share, position_embedding_type="none", **kwargs)
+        # Not a buffer: Float16Module would round it.
+        self.inverse_frequencies = inverse_frequencies
         self.borrows_label_rows = borrows_label_rows
         if self.post_process and not self.owns_output_weight:
             self.output_layer.weight = None
@@ -59,16 +65,24 @@ class RewardModel(GPTModel):
 
     def forward(
         self,
+        input_ids: Tensor,
+        position_ids: Tensor,
         *args,
+        packed_seq_params: PackSequences,
         output_processor: Optional[OutputProcessor] = None,
         output_processor_context: Any = None,
         **kwargs,
     ):
-        """GPTModel.forward with the hook. Middle stages return hidden states [tokens, 1, hidden] as usual."""
+        """GPTModel.forward with the hook. Middle stages return hidden states [tokens, 1, hidden] as usual.
+
+        input_ids, position_ids: int64 [1, tokens]; the positions are those of the tokens in their sequences.
+        """
         self._output_processor = output_processor
         self._output_processor_context = output_processor_context
+        sequences, dtype = packed_seq_params, self.config.params_dtype
+        sequences.cos, sequences.sin = cos_and_sin(position_ids.squeeze(0), self.inverse_frequencies, dtype)
         try:
-            return super().forward(*args, **kwargs)
+            return super().forward(input_ids, position_ids, *args, packed_seq_params=sequences, **kwargs)
         finally:
             self._output_processor = self._output_processor_context = None
 

@@ -63,7 +63,7 @@ class LanguageModelObjective(Objective):
 
     def output(self, loss_sum: Tensor, context: PackedBatch) -> ObjectiveOutput:
         """The micro-batch's result."""
-        count = torch.tensor(len(context.rows), dtype=torch.int32, device=loss_sum.device)
+        count = torch.full((), len(context.rows), dtype=torch.int32, device=loss_sum.device)
         return ObjectiveOutput(loss_sum, count, stack_stats(loss_sum, count))
 
     def metrics(self, stats: dict[str, float]) -> dict[str, float]:
@@ -81,7 +81,7 @@ class PreferenceObjective(Objective):
         self, loss_sum: Tensor, margins: Tensor, context: PackedBatch, here: Tensor | None = None
     ) -> ObjectiveOutput:
         """The micro-batch's result; `here` [samples] tells the samples whose rows this process holds (None: all)."""
-        count = torch.tensor(len(context.sample_ids), dtype=torch.int32, device=loss_sum.device)
+        count = torch.full((), len(context.sample_ids), dtype=torch.int32, device=loss_sum.device)
         sign = 2 * context.preference - 1
         if here is None:
             here = torch.ones_like(sign, dtype=torch.bool)

@@ -52,7 +52,7 @@ class FullVocabularyPreference(PreferenceObjective):
         else:
             rows = gather_rows(hidden_states, context.rows, self.tp_group, self.sequence_parallel)
         twice = copy_to_tensor_model_parallel_region(rows, group=self.tp_group).repeat(2, 1)
-        targets = torch.tensor(self.label_ids, device=rows.device).repeat_interleave(len(rows))
+        targets = torch.cat([context.rows.new_full((len(rows),), label) for label in self.label_ids])
         weights = torch.cat([context.preference, 1 - context.preference]) * context.weight.repeat(2)
         loss_sum = linear_cross_entropy(
             twice,

@@ -7,9 +7,8 @@ and of the vocabulary two rows, as one direction.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,9 @@ from gram_engine.config import ModelConfig
 from gram_engine.convert.hf_folder import HuggingFaceFolder
 from gram_engine.convert.mapping import EMBEDDING, LAYER, OUTPUT, SCORE, rules
 from gram_engine.errors import CheckpointError, ConfigError
-from gram_engine.model.presets import ROPE_SCALING, shape_from_hf
+from gram_engine.kernels.attention import AttentionBounds, packed_attention, to_device
+from gram_engine.model.presets import shape_from_hf
+from gram_engine.model.rotary import cos_and_sin, inverse_frequencies, rotate
 from gram_engine.scoring.token_tree import TokenTree
 
 
@@ -32,14 +33,10 @@ class Batch(NamedTuple):
     """[tokens] int64, in their texts."""
     last: Tensor
     """[texts] int64: where each text ends."""
-    key_rows: Optional[Tensor]
-    """[keys] int64: each segment's path, one behind the other; None where segments are their own paths."""
-    queries: list[tuple[int, int]]
-    """Rows of each segment."""
-    keys: list[tuple[int, int]]
-    """Rows of each segment's path among the keys."""
-    text_keys: list[tuple[int, int]]
-    """Rows of each text's path among the keys."""
+    attention: AttentionBounds
+    """Each segment's tokens against its path, of which they are the end."""
+    last_attention: AttentionBounds
+    """The last token of each text against the text."""
 
 
 class JudgeModel:
@@ -78,15 +75,13 @@ class JudgeModel:
             row_a, row_b = (source.read(name, (token, token + 1))[0].to(self.dtype).float() for token in label_ids)
             direction = row_a - row_b
         self.direction = _finite(direction, f"{folder}: the labels' output rows").to(self.device)
-        self._mask = torch.empty(0, 0)
-        self.inverse_frequencies = _inverse_frequencies(self.config).to(self.device)
+        self.inverse_frequencies = inverse_frequencies(self.config).to(self.device)
 
     @torch.inference_mode()
     def margins(self, tree: TokenTree) -> Tensor:
         """Z_A - Z_B, or a scalar head's reward, at the end of each text of the tree: [texts] fp32."""
         batch = self._batch(tree)
-        angles = batch.positions[:, None].float() * self.inverse_frequencies
-        turn = angles.cos().to(self.dtype)[:, None], angles.sin().to(self.dtype)[:, None]
+        turn = cos_and_sin(batch.positions, self.inverse_frequencies, self.dtype)
         hidden = F.embedding(batch.tokens, self.weights[EMBEDDING.engine, None])
         for layer in range(self.config.num_layers):
             hidden = self._layer(hidden, layer, batch, turn)
@@ -101,15 +96,11 @@ class JudgeModel:
         if self.config.qk_layernorm:
             query = self._norm(query, LAYER + "self_attention.q_layernorm.weight", layer)
             key = self._norm(key, LAYER + "self_attention.k_layernorm.weight", layer)
-        key = _rotate(key, *turn)
-        query = _rotate(query, *(part[batch.last] for part in turn) if is_last else turn)
-        if batch.key_rows is not None:
-            key, value = key[batch.key_rows], value[batch.key_rows]
-        if is_last:
-            hidden, queries, keys = hidden[batch.last], [(row, row + 1) for row in range(len(batch.last))], batch.text_keys
-        else:
-            queries, keys = batch.queries, batch.keys
-        attended = self._attention(query, key, value, queries, keys)
+        key = rotate(key, *turn)
+        query = rotate(query, *(part[batch.last] for part in turn) if is_last else turn)
+        bounds = batch.last_attention if is_last else batch.attention
+        hidden = hidden[batch.last] if is_last else hidden
+        attended = packed_attention(query, key, value, bounds).flatten(1)
         hidden = hidden + F.linear(attended, self.weights[LAYER + "self_attention.linear_proj.weight", layer])
         normed = self._norm(hidden, LAYER + "mlp.linear_fc1.layer_norm_weight", layer)
         gate, up = F.linear(normed, self.weights[LAYER + "mlp.linear_fc1.weight", layer]).chunk(2, dim=-1)
@@ -126,71 +117,31 @@ class JudgeModel:
         key, value = F.linear(normed, weight[:, -2:].flatten(0, 2)).unflatten(-1, (groups, 2, dim)).unbind(2)
         return F.linear(normed[rows], weight[:, :-2].flatten(0, 2)).unflatten(-1, (-1, dim)), key, value
 
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor, queries: list, keys: list) -> Tensor:
-        """Each segment's queries against its path, of which they are the end. -> [rows, heads * dim]."""
-        attended = torch.empty_like(query)
-        for (start, end), (first, last) in zip(queries, keys, strict=True):
-            q = query[start:end].transpose(0, 1)[None]
-            k, v = (part[first:last].transpose(0, 1)[None] for part in (key, value))
-            new, seen = end - start, last - first
-            mask = None if new in (1, seen) else self._lower_right(seen)[seen - new : seen, :seen]
-            result = F.scaled_dot_product_attention(q, k, v, mask, is_causal=new == seen > 1, enable_gqa=True)
-            attended[start:end] = result[0].transpose(0, 1)
-        return attended.flatten(1)
-
-    def _lower_right(self, size: int) -> Tensor:
-        """[size or more, the same]: 0 where row i sees column j <= i, else -inf. Kept: segments need corners of it."""
-        if len(self._mask) < size:
-            self._mask = torch.full((size, size), -math.inf, dtype=self.dtype, device=self.device).triu_(1)
-        return self._mask
-
     def _norm(self, hidden: Tensor, name: str, layer: int | None) -> Tensor:
         weight = self.weights[name, layer]
         return F.rms_norm(hidden, weight.shape, weight, self.config.norm_epsilon)
 
     def _batch(self, tree: TokenTree) -> Batch:
-        bounds = [0]
-        for tokens in tree.tokens:
-            bounds.append(bounds[-1] + len(tokens))
-        queries = list(zip(bounds, bounds[1:]))
+        sizes = torch.tensor([len(tokens) for tokens in tree.tokens])
+        ends = sizes.cumsum(0)[tree.leaves]
+        rows = list(torch.arange(tree.size).split(sizes.tolist()))
+        paths = [torch.cat([rows[part] for part in tree.path(segment)]) for segment in range(len(rows))]
         positions = [torch.arange(start, start + len(part)) for start, part in zip(tree.starts, tree.tokens, strict=True)]
-        keys, key_rows = queries, None
-        if any(parent >= 0 for parent in tree.parents):
-            rows = [torch.arange(*bounds) for bounds in queries]
-            paths = [torch.cat([rows[part] for part in tree.path(segment)]) for segment in range(len(rows))]
-            ends = torch.tensor([len(path) for path in paths]).cumsum(0).tolist()
-            keys = [(end - len(path), end) for end, path in zip(ends, paths, strict=True)]
-            key_rows = torch.cat(paths).to(self.device)
         return Batch(
-            tokens=torch.tensor([token for part in tree.tokens for token in part], device=self.device),
-            positions=torch.cat(positions).to(self.device),
-            last=torch.tensor([queries[leaf][1] - 1 for leaf in tree.leaves], device=self.device),
-            key_rows=key_rows,
-            queries=queries,
-            keys=keys,
-            text_keys=[keys[leaf] for leaf in tree.leaves],
+            tokens=to_device(torch.tensor([token for part in tree.tokens for token in part]), self.device),
+            positions=to_device(torch.cat(positions), self.device),
+            last=to_device(ends - 1, self.device),
+            attention=_attention(sizes, paths).to(self.device),
+            last_attention=_attention(torch.ones_like(ends), [paths[leaf] for leaf in tree.leaves]).to(self.device),
         )
+
+
+def _attention(queries: Tensor, paths: list[Tensor]) -> AttentionBounds:
+    """Numbers of queries [sequences], each sequence's against the end of its path of rows."""
+    return AttentionBounds.of_rows(queries, torch.tensor([len(path) for path in paths]), torch.cat(paths))
 
 
 def _finite(tensor: Tensor, what: str) -> Tensor:
     if not torch.isfinite(tensor).all():
         raise CheckpointError(f"{what} holds NaN or infinity. Export another checkpoint.")
     return tensor
-
-
-def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding. heads [tokens, heads, dim], cos and sin [tokens, 1, dim / 2]."""
-    one, other = heads.chunk(2, dim=-1)
-    return torch.cat((one * cos - other * sin, other * cos + one * sin), dim=-1)
-
-
-def _inverse_frequencies(config: ModelConfig) -> Tensor:
-    """[dim / 2] fp32, with LLaMA 3.1's scaling: long waves are stretched, short ones stay, those between are blended."""
-    exponents = torch.arange(0, config.kv_channels, 2, dtype=torch.float32) / config.kv_channels
-    frequencies = 1.0 / config.rotary_base**exponents
-    if config.rope_scaling_factor is None:
-        return frequencies
-    turns = ROPE_SCALING["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    low, high = ROPE_SCALING["low_freq_factor"], ROPE_SCALING["high_freq_factor"]
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / config.rope_scaling_factor)

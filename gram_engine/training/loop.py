@@ -23,6 +23,7 @@ from gram_engine.training.evaluate import evaluate
 from gram_engine.training.flops import step_flops
 from gram_engine.training.freeze import freeze
 from gram_engine.training.initialise import PreparedData
+from gram_engine.training.microbatches import Prefetcher
 from gram_engine.training.numerics import NumericsGuard
 from gram_engine.training.optimizer import build_optimizer, build_scheduler, connect_schedule, step_if, wrap_ddp
 from gram_engine.training.reporting import Reporter, log
@@ -44,6 +45,7 @@ class Trainer:
         self.objective = build_objective(config, label_ids, parallel_state.get_tensor_model_parallel_group())
         self.train_samples = self._train_samples()
         self.total_steps = math.ceil(self.train_samples / config.training.global_batch_size)
+        self.batches = Prefetcher(self.loader, platform.device, self.train_samples)
 
         self.model = self._model()
         self.optimizer = build_optimizer(self.model, config)
@@ -106,7 +108,7 @@ class Trainer:
     def advance(self) -> tuple[dict[str, float], float]:
         """The next step. Returns the objective's summed statistics and the gradient norm before clipping."""
         state = self.state
-        batch = self.loader.batch(state.consumed_samples)
+        batch = self.batches.batch(state.consumed_samples)
         stats, grad_norm = self.step(batch)
         state.iteration += 1
         state.consumed_samples += batch.num_samples

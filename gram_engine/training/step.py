@@ -8,15 +8,13 @@ from typing import Iterator
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from gram_engine.data.context_parallel import part_of
 from gram_engine.data.loader import GlobalBatch, PackedBatch
 from gram_engine.model.attention import PackSequences
 from gram_engine.objectives import Objective, ObjectiveOutput
-from gram_engine.objectives.base import PreferenceObjective
+from gram_engine.training.microbatches import place
 
 
 @dataclass
@@ -32,47 +30,17 @@ def run_schedule(
 ) -> list[MicrobatchResult]:
     """Forward (and backward) over this process's micro-batches. Returns one result each on the last stage, else []."""
     objective.start_pass(model)
-    microbatches = batch.microbatches
-    longest = max(len(microbatch.tokens) for microbatch in microbatches)
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        # Stages then know the shape of what they receive without asking each time.
-        microbatches = [_padded(microbatch, longest) for microbatch in microbatches]
-    context, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
-    if context > 1:
-        microbatches = [part_of(microbatch, rank, context) for microbatch in microbatches]
-    chunks = [_batches_on(device, microbatches) for _ in model]
+    batch = place(batch, device)
+    chunks = [iter(batch.microbatches) for _ in model]
     return get_forward_backward_func()(
         forward_step_func=partial(_forward_step, objective=objective),
         data_iterator=chunks if len(model) > 1 else chunks[0],
         model=model if len(model) > 1 else model[0],
-        num_microbatches=len(microbatches),
-        seq_length=longest,
+        num_microbatches=len(batch.microbatches),
+        seq_length=batch.longest * parallel_state.get_context_parallel_world_size(),  # of a whole pack
         micro_batch_size=1,
         forward_only=forward_only,
     )
-
-
-def _padded(batch: PackedBatch, length: int) -> PackedBatch:
-    """The pack with padding tokens, as a sequence of their own, up to `length`."""
-    extra = length - len(batch.tokens)
-    if extra == 0:
-        return batch
-    return replace(
-        batch,
-        tokens=F.pad(batch.tokens, (0, extra)),
-        position_ids=torch.cat([batch.position_ids, torch.arange(extra)]),
-        cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens.new_tensor([length])]),
-        max_seqlen=max(batch.max_seqlen, extra),
-    )
-
-
-def _batches_on(device: torch.device, microbatches: list[PackedBatch]) -> Iterator[PackedBatch]:
-    for microbatch in microbatches:
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in vars(microbatch).items()
-        }
-        yield replace(microbatch, **moved)
 
 
 def _forward_step(data_iterator: Iterator[PackedBatch], model, objective: Objective):
@@ -83,14 +51,10 @@ def _forward_step(data_iterator: Iterator[PackedBatch], model, objective: Object
         cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
-        gather_order=batch.gather_order,
-        label_keys=batch.label_keys,
+        attention=batch.attention,
+        label_attention=batch.label_attention,
+        label_rows=batch.rows,
     )
-    if isinstance(objective, PreferenceObjective):
-        sequences.label_rows, sequences.label_positions = batch.rows, batch.position_ids[batch.rows]
-        sequences.label_cu_seqlens = batch.label_cu_seqlens
-        if batch.label_cu_seqlens is None:
-            sequences.label_cu_seqlens = batch.cu_seqlens[: len(batch.rows) + 1]  # samples come before padding
     output = model(
         batch.tokens.unsqueeze(0),
         batch.position_ids.unsqueeze(0),

@@ -1,42 +1,33 @@
-"""Packed attention by flash kernels against float64 attention, one sequence after the other."""
+"""Packed attention by flash kernels against float64 attention on the CPU."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from gram_engine.model.attention import packed_attention
+from gram_engine.kernels.attention import AttentionBounds, packed_attention
 
-
-def expected(query, key, value, bounds_q, bounds_kv, causal):
-    outputs = []
-    for start, end, first, last in zip(bounds_q, bounds_q[1:], bounds_kv, bounds_kv[1:]):
-        q, k, v = (part.double().transpose(0, 1) for part in (query[start:end], key[first:last], value[first:last]))
-        out = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=causal, enable_gqa=True)
-        outputs.append(out[0].transpose(0, 1))
-    return torch.cat(outputs)
+CASES = {
+    "causal": ([5, 128, 1, 566], [range(0, 5), range(5, 133), range(133, 134), range(134, 700)]),
+    "label rows, and padding behind": ([1, 1, 1], [range(0, 5), range(5, 133), range(133, 690)]),
+    "tails of a shared beginning": ([300, 140, 260], [range(0, 300), range(0, 440), [*range(0, 300), *range(440, 700)]]),
+}
+ROWS = 700
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float32, 1e-4)])
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "label rows"])
-def test_equals_float64_attention(dtype, tolerance, causal):
-    generator = torch.Generator("cuda").manual_seed(0)
-    keys = [0, 5, 133, 134, 700]
-    queries = keys if causal else list(range(len(keys)))
-    make = dict(device="cuda", dtype=dtype, generator=generator)
-    shapes = [(queries[-1], 8, 64), (keys[-1], 2, 64), (keys[-1], 2, 64)]
-    tensors = [torch.randn(shape, **make) for shape in shapes]
-    upstream = torch.randn(queries[-1], 8, 64, **make)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_float64_attention(dtype, tolerance, case):
+    queries, keys = CASES[case]
+    key_rows = torch.tensor([row for rows in keys for row in rows])
+    bounds = AttentionBounds.of_rows(torch.tensor(queries), torch.tensor([len(rows) for rows in keys]), key_rows)
+    generator = torch.Generator().manual_seed(0)
+    shapes = (sum(queries), 8, 64), (ROWS, 2, 64), (ROWS, 2, 64)
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    upstream = torch.randn(shapes[0], generator=generator).to(dtype)
     results = []
-    for ours in (True, False):
-        query, key, value = (tensor.clone().requires_grad_() for tensor in tensors)
-        if ours:
-            bounds = [torch.tensor(part, dtype=torch.int32, device="cuda") for part in (queries, keys)]
-            longest = max(b - a for a, b in zip(queries, queries[1:]))
-            out = packed_attention(query, key, value, *bounds, longest, 566, causal)
-        else:
-            out = expected(query, key, value, queries, keys, causal)
-        out.backward(upstream.to(out.dtype))
-        results.append([out, query.grad, key.grad, value.grad])
+    for device, wide in (("cuda", dtype), ("cpu", torch.float64)):
+        parts = [tensor.to(device, wide).requires_grad_() for tensor in tensors]
+        out = packed_attention(*parts, bounds.to(torch.device(device)))
+        results.append([out, *torch.autograd.grad(out, parts, upstream.to(device, wide))])
     for found, wanted in zip(*results):
         scale = wanted.abs().max().item()
-        assert (found.double() - wanted.double()).abs().max().item() < tolerance * scale
+        assert (found.cpu().double() - wanted).abs().max().item() < tolerance * scale

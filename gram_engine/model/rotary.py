@@ -1,0 +1,35 @@
+"""Rotary position embedding from the position of each token in its sequence (LLaMA's order: a head's two halves)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gram_engine.config import ModelConfig
+from gram_engine.model.presets import ROPE_SCALING
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """[dim / 2] fp32, with LLaMA 3.1's scaling: long waves are stretched, short ones stay, those between are blended."""
+    exponents = torch.arange(0, config.kv_channels, 2, dtype=torch.float32) / config.kv_channels
+    frequencies = 1.0 / config.rotary_base**exponents
+    if config.rope_scaling_factor is None:
+        return frequencies
+    turns = ROPE_SCALING["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = ROPE_SCALING["low_freq_factor"], ROPE_SCALING["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / config.rope_scaling_factor)
+
+
+def cos_and_sin(position_ids: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of a pack's positions: int64 [tokens], fp32 [dim / 2] -> twice [tokens, 1, dim / 2] of `dtype`."""
+    angles = position_ids[:, None].float() * frequencies
+    return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys turned by their positions. heads [tokens, heads, dim], cos and sin [tokens, 1, dim / 2] -> as heads."""
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
