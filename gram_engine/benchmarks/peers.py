@@ -7,6 +7,7 @@ other, so that its peak memory is everything that it holds and does.
 from __future__ import annotations
 
 import importlib.util
+import os
 import statistics
 import sys
 import tempfile
@@ -16,11 +17,12 @@ from pathlib import Path
 from typing import Any, Callable, Literal, Optional
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 import tyro
 
 from gram_engine import platform as platforms
-from gram_engine.benchmarks.measure import PeakMemory, Row, add_ratios, describe, table, write_json
+from gram_engine.benchmarks.measure import PeakMemory, Row, add_ratios, describe, measure, table, write_json
 from gram_engine.benchmarks.peer_trainers import padded_batches, transformers_step, trl_steps
 from gram_engine.benchmarks.random_model import write_random_folder
 from gram_engine.benchmarks.throughput import OBJECTIVES, VOCABULARY, in_words, timed_steps
@@ -47,6 +49,10 @@ class Benchmark:
 
     shape: str = "--num-layers 8 --hidden-size 512 --ffn-hidden-size 1536 --num-attention-heads 8 --num-query-groups 4"
     """Trainer flags of the model's shape, or e.g. --shape="--model llama-3.2-1b"."""
+    load_hf: Optional[str] = None
+    """Hugging Face folder whose shape and weights all start from, in place of --shape and random weights."""
+    processes: int = 1
+    """Above 1, on a CPU: ours also as so many data-parallel processes with one thread each."""
     vocab_size: int = VOCABULARY
     """Rows of the embedding, where the shape leaves it open."""
     stages: tuple[Literal["1", "2"], ...] = ("1", "2")
@@ -88,6 +94,8 @@ class Result:
     tokens: int
     peak: int | None
     loss: float
+    flops: float = 0.0
+    """Of the timed steps, as the trainer counts them."""
     device: str = field(default_factory=lambda: describe(platforms.initialise().device))
 
 
@@ -105,16 +113,20 @@ def main(argv: list[str] | None = None) -> None:
 def stage_rows(options: Benchmark, stage: str) -> list[Row]:
     """Every contestant of a stage; prints the table."""
     with tempfile.TemporaryDirectory() as name:
-        folder, prefix = Path(name) / "model", Path(name) / "data"
+        folder, prefix = Path(options.load_hf or Path(name) / "model"), Path(name) / "data"
         config = _config(options, stage, str(folder), str(prefix))
-        write_random_folder(folder, config.model, torch.float32)
+        if options.load_hf is None:
+            write_random_folder(folder, config.model, torch.float32)
         _write_data(options, config, prefix)
         rows = [
             _row(options, stage, config, contestant, _in_own_process(function, options, stage, str(folder), str(prefix), *more))
             for contestant, function, more in _contestants(options, stage)
         ]
     add_ratios(rows)
-    print(table(rows), end="\n\n", flush=True)
+    print(table(rows), flush=True)
+    product = product_tflops(config, options.dtype)
+    print(f"  one product of the MLP's shapes in {options.dtype}: {product:.2f} TFLOP/s\n", flush=True)
+    rows[0].figures["product_tflops"] = product
     return rows
 
 
@@ -126,11 +138,14 @@ def _contestants(options: Benchmark, stage: str) -> list[tuple[str, Callable, tu
     for name, flags in OURS.items():
         if name == "gram_engine" or (options.parts and not (stage == "1" and "layer" in name)):
             found.append((name, run_ours, (flags, "one sample" not in name)))
+    if options.processes > 1:
+        found.append((f"gram_engine, {options.processes} processes of one thread", run_data_parallel, ()))
     return found
 
 
 def _config(options: Benchmark, stage: str, folder: str, prefix: str, flags: tuple[str, ...] = ()) -> Config:
-    given = [*options.shape.split(), "--objective", OBJECTIVES[stage], "--data-path", prefix, *flags]
+    shape = ["--load-hf", options.load_hf] if options.load_hf else options.shape.split()
+    given = [*shape, "--objective", OBJECTIVES[stage], "--data-path", prefix, *flags]
     given += ["--seq-length", str(options.seq_length), "--micro-batch-size", str(options.pack)]
     given += ["--global-batch-size", str(options.global_batch_size), "--train-iters", str(options.warmup + options.steps)]
     config = parse([*given, *(["--bf16"] if options.dtype == "bfloat16" else [])])
@@ -177,11 +192,42 @@ def _answer(connection, function: Callable[..., Result], arguments: tuple) -> No
 
 def run_ours(options: Benchmark, stage: str, folder: str, prefix: str, flags: tuple[str, ...], packed: bool) -> Result:
     """The trainer's own steps."""
-    from gram_engine.benchmarks.steps import single_process
+    return _our_steps(options, stage, folder, prefix, flags, packed, dist.HashStore(), 0, 1)
+
+
+def run_data_parallel(options: Benchmark, stage: str, folder: str, prefix: str) -> Result:
+    """The trainer's steps in several data-parallel processes of one thread each; the peak is that of the first."""
+    with tempfile.TemporaryDirectory() as name:
+        store = str(Path(name) / "store")
+        arguments = (options, stage, folder, prefix, store)
+        spawn, ranks = mp.get_context("spawn"), range(1, options.processes)
+        others = [spawn.Process(target=_data_parallel, args=(*arguments, rank)) for rank in ranks]
+        for process in others:
+            process.start()
+        result = _data_parallel(*arguments, 0)
+        for process in others:
+            process.join()
+    return result
+
+
+def _data_parallel(options: Benchmark, stage: str, folder: str, prefix: str, store: str, rank: int) -> Result:
+    hush_known_warnings()
+    os.environ.update(OMP_NUM_THREADS="1", WORLD_SIZE=str(options.processes), RANK=str(rank))
+    torch.set_num_threads(1)
+    return _our_steps(
+        options, stage, folder, prefix, (), True, dist.FileStore(store, options.processes), rank, options.processes
+    )
+
+
+def _our_steps(
+    options: Benchmark, stage: str, folder: str, prefix: str, flags: tuple[str, ...], packed: bool, *group
+) -> Result:
+    from gram_engine.benchmarks.steps import process_groups
+    from gram_engine.training.flops import step_flops
     from gram_engine.training.initialise import PreparedData
 
     config, platform = _config(options, stage, folder, prefix, flags), platforms.initialise()
-    with single_process(platform.device), PeakMemory(platform.device, exact=False) as peak:
+    with process_groups(platform.device, *group), PeakMemory(platform.device, exact=False) as peak:
         from gram_engine.training.loop import Trainer
 
         trainer = Trainer(config, platform, PreparedData(prefix, None, config.model.vocab_size))
@@ -189,7 +235,7 @@ def run_ours(options: Benchmark, stage: str, folder: str, prefix: str, flags: tu
             trainer.loader.packs = lambda lengths: [[number] for number in range(len(lengths))]
         seconds, batches, loss = timed_steps(trainer, options.warmup, options.steps)
     samples, tokens = (sum(getattr(batch, name) for batch in batches) for name in ("num_samples", "num_tokens"))
-    return Result(seconds, samples, tokens, peak.bytes, loss)
+    return Result(seconds, samples, tokens, peak.bytes, loss, sum(step_flops(config, batch) for batch in batches))
 
 
 def run_transformers(options: Benchmark, stage: str, folder: str, prefix: str) -> Result:
@@ -226,6 +272,8 @@ def _result(options: Benchmark, batches: list, seconds: list[float], peak: int |
 def _row(options: Benchmark, stage: str, config: Config, name: str, found: Result) -> Row:
     model, total = config.model, sum(found.seconds)
     figures = {"tokens_per_s": found.tokens / total, "samples_per_s": found.samples / total, "first_loss": found.loss}
+    if found.flops:
+        figures["tflops_per_device"] = found.flops / total / 1e12
     shape = {"layers": model.num_layers, "hidden": model.hidden_size, "vocabulary": model.vocab_size}
     shape |= {"samples": options.global_batch_size, "longest": options.seq_length}
     note = f"{in_words(figures)} first loss {found.loss:.4f}"
@@ -233,3 +281,13 @@ def _row(options: Benchmark, stage: str, config: Config, name: str, found: Resul
         f"stage {stage} training step", name, shape, options.dtype, found.device, statistics.median(found.seconds) * 1e3,
         len(found.seconds), found.peak, BASELINE, note=note, figures=figures,
     )  # fmt: skip
+
+
+def product_tflops(config: Config, dtype: str, tokens: int = 512, seconds: float = 2.0) -> float:
+    """TFLOP/s of nothing but the matrix product of the MLP's first weight with `tokens` hidden rows, all threads."""
+    model, device = config.model, platforms.initialise().device
+    rows = torch.randn(tokens, model.hidden_size, device=device).to(getattr(torch, dtype))
+    weight = torch.randn(2 * model.ffn_hidden_size, model.hidden_size, device=device).to(rows.dtype)
+    function = lambda: torch.nn.functional.linear(rows, weight)  # noqa: E731
+    median, _, _ = measure(function, device, repeats=1000, budget_seconds=seconds)
+    return 2 * tokens * weight.numel() / median / 1e12

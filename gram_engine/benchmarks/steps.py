@@ -26,11 +26,18 @@ VARIANTS = {
 @contextlib.contextmanager
 def single_process(device: torch.device) -> Iterator[None]:
     """megatron-core's groups for a process on its own."""
+    with process_groups(device, dist.HashStore(), 0, 1):
+        yield
+
+
+@contextlib.contextmanager
+def process_groups(device: torch.device, store: dist.Store, rank: int, size: int) -> Iterator[None]:
+    """megatron-core's groups for process `rank` of `size`, which share the batch (data parallel)."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
     try:

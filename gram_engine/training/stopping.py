@@ -8,6 +8,8 @@ import time
 import torch
 import torch.distributed as dist
 
+from gram_engine.kernels.attention import to_device
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What Slurm and cluster managers send before they end a job."""
 
@@ -32,7 +34,7 @@ class StopRequests:
     def reason(self) -> str | None:
         """Why the run should leave now, the same on every process, or None. Every process must call it."""
         late = self.deadline is not None and time.monotonic() >= self.deadline
-        news = torch.tensor([self.received, int(late)], dtype=torch.int32, device=self.device)
+        news = to_device(torch.tensor([self.received, int(late)], dtype=torch.int32), self.device)
         dist.all_reduce(news, op=dist.ReduceOp.MAX)
         number, late = news.tolist()
         if number:
