@@ -110,10 +110,15 @@ void pair_loss_backward(
       const int64_t row = position(rows, b);
       T* out = data<T>(grad_rows) + b * size;
       const A along = row < 0 ? A(0) : g[b] * r[b];
-      const A back = row < 0 || !has_norm ? A(0) : along * r[b] * d[b] / static_cast<A>(size);
-      const T* from = row < 0 ? nullptr : x + row * stride;
-      for (int64_t i = 0; i < size; ++i)
-        out[i] = from ? static_cast<T>(along * u[i] - back * static_cast<A>(from[i])) : static_cast<T>(0.0f);
+      if (row < 0) {
+        std::fill(out, out + size, static_cast<T>(0.0f));
+      } else if (!has_norm) {
+        for (int64_t i = 0; i < size; ++i) out[i] = static_cast<T>(along * u[i]);
+      } else {
+        const T* from = x + row * stride;
+        const A back = along * r[b] * d[b] / static_cast<A>(size);
+        for (int64_t i = 0; i < size; ++i) out[i] = static_cast<T>(along * u[i] - back * static_cast<A>(from[i]));
+      }
     });
     // Columns are split over threads, labels run in order: the same sum for any number of threads.
     A* s = data<A>(grad_direction);

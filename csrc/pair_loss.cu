@@ -108,9 +108,11 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
   if (blockIdx.x < labels) {
     const int64_t label = blockIdx.x, row = rows ? rows[label] : label;
     const A along = row < 0 ? A(0) : grad_margin[label] * rstd[label];
-    const A back = row < 0 || !has_norm ? A(0) : along * rstd[label] * margin[label] / static_cast<A>(size);
+    const bool with_norm = row >= 0 && has_norm;
+    const A back = with_norm ? along * rstd[label] * margin[label] / static_cast<A>(size) : A(0);
     for (int64_t i = threadIdx.x; i < size; i += kThreads) {
-      const A value = row < 0 ? A(0) : along * direction[i] - back * load<A>(hidden[row * stride + i]);
+      A value = row < 0 ? A(0) : along * direction[i];
+      if (with_norm) value -= back * load<A>(hidden[row * stride + i]);
       grad_rows[label * size + i] = store<T>(value);
     }
     return;

@@ -61,7 +61,7 @@ def test_a_kernel_that_cannot_run_is_refused(monkeypatch):
         pair_loss(draw(2, 4), draw(4), torch.ones(2), 0.1)
     if not CUDA:
         monkeypatch.setenv("GRAM_KERNELS", "cuda")
-        with pytest.raises(ConfigError, match="GRAM_KERNELS=cuda cannot be used here: .* Unset it"):
+        with pytest.raises(ConfigError, match="GRAM_KERNELS=cuda cannot be used here: torch finds no GPU. Unset it"):
             pair_loss(draw(2, 4), draw(4), torch.ones(2), 0.1)
 
 
@@ -98,34 +98,58 @@ import torch
 torch.cuda.is_available = lambda: True  # to import the kernels; nothing is launched
 from gram_engine.kernels import triton_kernels as kernels
 
-CONSTANTS = {"has_rows": True, "has_norm": True, "dtype": kernels.tl.float32}
+KERNELS = {name: getattr(kernels, name) for name in dir(kernels) if name.endswith("_kernel")}
+REALS = dict(label_smoothing=0.05, norm_eps=1e-5, target_weight=0.8, other_weight=0.1 / 128256)
 BLOCKS = {"stats_kernel": kernels.VOCABULARY, "gradient_kernel": kernels.VOCABULARY}
-POINTERS = dict(hidden="*bf16", logits="*bf16", grad_rows="*bf16", rows="*i64", targets="*i64", direction="*fp32",
-                preference="*fp32", results="*fp32", losses="*fp32", margins="*fp32", rstds="*fp32", slopes="*fp32",
-                margin="*fp32", rstd="*fp32", grad_margin="*fp32", grad_direction="*fp32", log_normaliser="*fp32")
-FLOATS = {"label_smoothing", "norm_eps", "target_weight", "other_weight"}
-for name in [n for n in dir(kernels) if n.endswith("_kernel")]:
-    kernel = getattr(kernels, name)
-    constants = {key: value for key, value in CONSTANTS.items() if key in kernel.arg_names}
-    constants["block"] = BLOCKS.get(name, kernels.COLUMNS)
-    types = {key: POINTERS.get(key, "fp32" if key in FLOATS else "i64") for key in kernel.arg_names}
-    types.update(dict.fromkeys(constants, "constexpr"))
+TYPES = dict.fromkeys(("hidden", "logits", "grad_rows"), "model's") | dict.fromkeys(("rows", "targets"), "*i64")
+TYPES |= dict.fromkeys(("stride", "size", "labels", "columns", "valid"), "i64")
+TYPES |= dict.fromkeys(REALS, "fp32")  # which a Python float becomes where it is not constexpr
+
+
+def compile_kernel(name, capability, model_dtype, dtype):
+    values = REALS | dict(has_rows=True, has_norm=True, dtype=dtype, block=BLOCKS.get(name, kernels.COLUMNS))
+    constants = {p.name: values[p.name] for p in KERNELS[name].params if p.is_constexpr}
+    types = {key: TYPES.get(key, "*" + str(dtype)).replace("model's", "*" + model_dtype) for key in KERNELS[name].arg_names}
+    types |= dict.fromkeys(constants, "constexpr")
+    return triton.compile(ASTSource(KERNELS[name], types, constants), target=GPUTarget("cuda", capability, 32),
+                          options={"enable_fp_fusion": True})
+"""
+EVERY_KERNEL = """
+for name in KERNELS:
     for capability in (80, 90, 100):
-        compiled = triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", capability, 32),
-                                  options={"enable_fp_fusion": True})
-        assert len(compiled.asm["cubin"]) > 1000
-        print(name, capability, "registers", compiled.metadata.num_warps)
+        assert len(compile_kernel(name, capability, "bf16", kernels.tl.float32).asm["cubin"]) > 1000
+        print(name, capability)
+"""
+FLOAT64_KERNELS = """
+for name in KERNELS:
+    print(compile_kernel(name, 90, "fp64", kernels.tl.float64).asm["ttir"])
 """
 
 
-def test_triton_kernels_compile_ahead_of_time():
+def ahead_of_time(program: str) -> str:
+    """What the program prints after AHEAD_OF_TIME: a process of its own, where Triton compiles whatever the machine."""
     pytest.importorskip("triton")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", AHEAD_OF_TIME], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+        [sys.executable, "-c", AHEAD_OF_TIME + program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 5 * 3
+    return done.stdout
+
+
+def test_triton_kernels_compile_ahead_of_time():
+    assert len(ahead_of_time(EVERY_KERNEL).splitlines()) == 5 * 3
+
+
+def test_real_numbers_reach_float64_triton_kernels_unrounded():
+    """As parameters they would be fp32; Triton's interpreter does not round them, so only compiled kernels tell."""
+    code = ahead_of_time(FLOAT64_KERNELS)
+    signatures = re.findall("tt.func public.*", code)
+    assert len(signatures) == 5 and all("f64" in signature and "f32" not in signature for signature in signatures)
+    constants = re.findall(r"arith.constant (?:dense<)?([-+.\de]+)>? : (?:tensor<\d+x)?(f\d+)", code, re.IGNORECASE)
+    exact = {float(number) for number, dtype in constants if dtype == "f64"}
+    assert exact >= {0.05, 1 - 2 * 0.05, 1e-5, 0.8, 0.1 / 128256}
+    assert {float(number) for number, dtype in constants if dtype != "f64"} <= {-1.0, 0.0, 1.0}
 
 
 @pytest.mark.parametrize(

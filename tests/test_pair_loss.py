@@ -113,6 +113,14 @@ def test_infinity_and_nan_propagate(implementation, value):
     assert torch.isfinite(loss[1])
 
 
+def test_without_the_norm_the_margins_gradient_does_not_depend_on_the_row(implementation):
+    x = torch.tensor([[math.inf, 1.0], [1.0, 1.0]], device=DEVICE, requires_grad=True)
+    direction = torch.tensor([1.0, -2.0], device=DEVICE)
+    _, margin = pair_loss(x, direction, torch.ones(2, device=DEVICE), 0.1)
+    (grad,) = torch.autograd.grad(margin.sum(), x)
+    assert torch.equal(grad, direction.expand(2, 2))
+
+
 def test_exchanging_a_and_b_mirrors_everything_bit_for_bit(implementation):
     x, _, norm_weight, row_a, row_b, preference = problem(7, 100, dtype=torch.float32)
     preference[5] = 0.75  # 1 - 0.75 is exact

@@ -33,6 +33,7 @@ SHAPES: dict[str, tuple[int, int, int, int]] = {
     "llama-3.1-8b": (128256, 4096, 8192, 8),
 }
 ALL_LOGITS = "logits of all positions + cross entropy"
+TORCH_FUSED = "torch F.linear_cross_entropy"
 NORM_EPS = 1e-5
 
 
@@ -96,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
             for found in measurements(options, platform.device):
                 print(table(found), end="\n\n", flush=True)
                 rows += found
+        if not hasattr(F, "linear_cross_entropy"):
+            print(f"Without {TORCH_FUSED}, which torch {torch.__version__} does not have.")
         if options.json:
             write_json(options.json, rows)
     except GramError as error:
@@ -161,14 +164,13 @@ def stage_1(problem: Problem, chunk_size: int | None) -> dict[str, Callable]:
         main_grad = torch.zeros_like(weight, dtype=torch.float32)
         linear_cross_entropy(hidden, weight, targets, len(weight), chunk_size=chunk_size, main_grad=main_grad).backward()
 
-    options = torch.nn.LinearCrossEntropyOptions()
     contestants = {
         ALL_LOGITS: lambda: F.cross_entropy(hidden @ weight.t(), targets, reduction="sum").backward(),
-        "torch F.linear_cross_entropy": lambda: F.linear_cross_entropy(
-            hidden, weight, targets, reduction="sum", options=options
-        ).backward(),
+        TORCH_FUSED: lambda: _torch_fused(hidden, weight, targets).backward(),
         "megatron-core vocab-parallel cross entropy": lambda: _megatron(hidden @ weight.t(), targets).backward(),
     }
+    if not hasattr(F, "linear_cross_entropy"):
+        del contestants[TORCH_FUSED]
     if importlib.util.find_spec("liger_kernel") and hidden.is_cuda:
         contestants["Liger fused linear cross entropy"] = lambda: _liger(hidden, weight, targets).backward()
     contestants["gram_engine linear_cross_entropy"] = ours
@@ -203,20 +205,25 @@ def stage_2(problem: Problem) -> dict[str, Callable]:
         losses, _ = pair_loss(hidden, direction, problem.preference, 0.05, NORM_EPS, positions)
         losses.sum().backward()
 
-    options = torch.nn.LinearCrossEntropyOptions()
     contestants = {
         ALL_LOGITS: all_positions,
-        "torch F.linear_cross_entropy": lambda: F.linear_cross_entropy(
-            normed(problem.hidden), weight, everywhere, ignore_index=-100, reduction="sum", options=options
-        ).backward(),
+        TORCH_FUSED: lambda: _torch_fused(normed(problem.hidden), weight, everywhere, ignore_index=-100).backward(),
         "label rows, logits of the vocabulary": label_rows_all_logits,
         "label rows, weight[[a, b]] by autograd": label_rows_two_tokens,
     }
+    if not hasattr(F, "linear_cross_entropy"):
+        del contestants[TORCH_FUSED]
     if importlib.util.find_spec("liger_kernel") and weight.is_cuda:
         contestants["Liger fused linear cross entropy"] = lambda: _liger(normed(problem.hidden), weight, everywhere).backward()
     contestants["gram_engine pair_loss, all rows given"] = lambda: ours(problem.hidden, rows)
     contestants["gram_engine pair_loss, label rows (pruned)"] = lambda: ours(problem.label_hidden, None)
     return contestants
+
+
+def _torch_fused(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int | None = None) -> Tensor:
+    """torch 2.13 has it, 2.11 does not."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(hidden, weight, targets, reduction="sum", ignore_index=ignore_index, options=options)
 
 
 def _megatron(logits: Tensor, targets: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from torch import Tensor
 LIBRARY = Path(__file__).parent / "libgram_cuda.so"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
+if not torch.cuda.is_available():
+    raise ImportError("torch finds no GPU")
 if not LIBRARY.is_file():
     raise ImportError(f"{LIBRARY.name} was not built (it needs nvcc; pip install --no-build-isolation -e . tells more)")
-if torch.version.cuda is None:
-    raise ImportError("this build of torch has no CUDA")
 
 _library = ctypes.CDLL(str(LIBRARY))
 _library.gram_cuda_error.restype = ctypes.c_char_p

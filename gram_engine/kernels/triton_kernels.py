@@ -1,7 +1,9 @@
 """The kernels in Triton, for GPUs without a built CUDA library; signatures as in reference.py.
 
 Every load is converted to the type computed in at once (Triton's interpreter gets bf16 arithmetic wrong), sums run in a
-fixed order, and block sizes are fixed: the same result in every run.  With TRITON_INTERPRET=1 they run on CPU tensors.
+fixed order, and block sizes are fixed: the same result in every run.  Real numbers are constexpr, since as parameters they
+would be fp32 also in float64 kernels; they are a run's settings, so each makes few kernels.  With TRITON_INTERPRET=1 the
+kernels run on CPU tensors.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def _log1p(e):
 
 @triton.jit
 def forward_kernel(
-    hidden, stride, rows, direction, preference, losses, margins, rstds, slopes, size, label_smoothing, norm_eps,
+    hidden, stride, rows, direction, preference, losses, margins, rstds, slopes, size,
+    label_smoothing: tl.constexpr, norm_eps: tl.constexpr,
     has_rows: tl.constexpr, has_norm: tl.constexpr, dtype: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """One program a label."""
@@ -143,8 +146,8 @@ def stats_kernel(logits, stride, targets, results, valid, dtype: tl.constexpr, b
 
 @triton.jit
 def gradient_kernel(
-    logits, stride, targets, log_normaliser, columns, valid, target_weight, other_weight,
-    dtype: tl.constexpr, block: tl.constexpr,
+    logits, stride, targets, log_normaliser, columns, valid,
+    target_weight: tl.constexpr, other_weight: tl.constexpr, dtype: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """One program a block of a row: logits become their gradient."""
     row = tl.program_id(0).to(tl.int64)

@@ -1,0 +1,209 @@
+"""csrc/pair_loss.cu itself, compiled for the CPU (tests/simt), against the float64 reference; and faults that must be found."""
+
+import contextlib
+import importlib.util
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from gram_engine.kernels import reference
+from tests.kernels import NORM_EPS, draw
+
+ROOT = Path(__file__).parents[1]
+SOURCE = (ROOT / "csrc" / "pair_loss.cu").read_text()
+TOLERANCES = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
+HALF_UNIT = {torch.bfloat16: 2**-9, torch.float16: 2**-11}  # what rounding the gradient of the rows may cost
+GUARD = 4096  # elements before and behind each tensor; more than a block or a row that is off by one can reach
+
+# name: text of the source, what stands there instead, and how that shows
+FAULTS = {
+    "no barrier": ("  __syncthreads();\n", "", "^loss"),
+    "wrong shuffle distance": ("int step = 16;", "int step = 8;", "^loss"),
+    "shuffle by half a warp": ("    first += __shfl", "    if (threadIdx.x % 2) first += __shfl", "threads of a block wait"),
+    "last warp left out": ("warp < kWarps; ++warp", "warp < kWarps - 1; ++warp", "^loss"),
+    "stride left out": ("hidden + row * stride", "hidden + row * size", "^loss"),
+    "padding read": ("if (row >= 0) sum +=", "sum +=", "^grad_direction"),
+    "written beyond the end": ("  if (column >= size) return;\n", "", "written out of bounds"),
+    "last column left out": ("if (column >= size) return;", "if (column >= size - 1) return;", "^grad_direction"),
+}
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile csrc/pair_loss.cu with")
+
+
+def on_cpu(source: str, folder: Path):
+    """The module gram_engine/kernels/cuda.py beside a library made of `source`, which runs on the CPU."""
+    text, launches = re.subn(r"(\w+<T, A>)<<<(.+?)>>>\(", r"simt::launch(\2, \1, ", source)
+    assert launches == 2, "csrc/pair_loss.cu launches its kernels in another way than this test knows"
+    (folder / "pair_loss.cpp").write_text(text)
+    command = ["g++", "-std=c++20", "-fPIC", "-shared", f"-I{ROOT / 'tests' / 'simt'}", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([*command, folder / "pair_loss.cpp", "-o", folder / "libgram_cuda.so"], check=True)
+    shutil.copy(ROOT / "gram_engine" / "kernels" / "cuda.py", folder)
+    spec = importlib.util.spec_from_file_location("cuda_on_cpu", folder / "cuda.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def cuda(tmp_path_factory):
+    return on_cpu(SOURCE, tmp_path_factory.mktemp("simt"))
+
+
+@pytest.fixture(autouse=True)
+def launches_need_no_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=None))
+
+
+def guarded(tensor, guard):
+    """(a copy of the tensor, the memory around it, which holds `guard` on both sides)."""
+    memory = torch.full((tensor.numel() + 2 * GUARD,), guard, dtype=tensor.dtype)
+    return memory[GUARD:-GUARD].view(tensor.shape).copy_(tensor), memory
+
+
+class GuardedResults(TorchFunctionMode):
+    """What cuda.py allocates lies between ones, and holds NaN until it is written."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if function not in (torch.empty_like, torch.Tensor.new_empty):
+            return made
+        made, memory = guarded(made.fill_(math.nan), guard=1)
+        self.memory.append(memory)
+        return made
+
+    def check(self, count: int) -> None:
+        """`count` tensors were allocated, and what lies around them is as it was."""
+        assert len(self.memory) == count, "cuda.py allocates its results in another way than this test knows"
+        for memory in self.memory:
+            assert (memory[:GUARD] == 1).all() and (memory[-GUARD:] == 1).all(), "written out of bounds"
+
+
+def run(cuda, hidden, rows, direction, preference, upstream, norm_eps):
+    """[loss, margin, rstd, slope, gradient of the rows, gradient of direction] as float64."""
+    with GuardedResults() as forward:
+        found = cuda.pair_loss_forward(hidden, rows, direction, preference, 0.1, norm_eps)
+    forward.check(4)
+    with GuardedResults() as backward:
+        grads = cuda.pair_loss_backward(hidden, rows, direction, found[1], found[2], upstream, norm_eps)
+    backward.check(2)
+    assert grads[0].dtype == hidden.dtype and {tensor.dtype for tensor in (*found, grads[1])} == {direction.dtype}
+    return [tensor.double() for tensor in (*found, *grads)]
+
+
+def by_reference(hidden, rows, *vectors_and_eps):
+    """What `run` gives, in float64."""
+    *vectors, norm_eps = vectors_and_eps
+    hidden, (direction, preference, upstream) = hidden.double(), (vector.double() for vector in vectors)
+    wanted = reference.pair_loss_forward(hidden, rows, direction, preference, 0.1, norm_eps)
+    return [*wanted, *reference.pair_loss_backward(hidden, rows, direction, wanted[1], wanted[2], upstream, norm_eps)]
+
+
+def compare(cuda, dtype, tokens, size, with_rows, norm_eps):
+    """Raises AssertionError or RuntimeError where the kernels do not do what the reference does.
+
+    The rows lie apart, and NaN stands in the gaps, in rows that no label names, and around every tensor.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    rows = torch.tensor([tokens - 1, 0, -1, 0, tokens // 2]) if with_rows else None
+    used = torch.arange(tokens) if rows is None else rows[rows >= 0]
+    labels = tokens if rows is None else len(rows)
+    hidden = draw(tokens, size).cpu().to(dtype)
+    direction = draw(size, seed=1, scale=size**-0.5).cpu().to(wide)
+    preference = torch.tensor([1.0, 0.0, 0.5, 0.8], dtype=wide).repeat(labels)[:labels]
+    upstream = draw(labels, seed=2).cpu().to(wide)
+    wanted = by_reference(hidden, rows, direction, preference, upstream, norm_eps)
+
+    apart = torch.full((tokens, size + 3), math.nan, dtype=dtype)
+    apart[used, :size] = hidden[used]
+    floats = [guarded(tensor, guard=math.nan)[0] for tensor in (apart, direction, preference, upstream)]
+    rows = None if rows is None else guarded(rows, guard=-1)[0]
+    found = run(cuda, floats[0][:, :size], rows, *floats[1:], norm_eps)
+    for name, ours, theirs in zip(("loss", "margin", "rstd", "slope", "grad_rows", "grad_direction"), found, wanted):
+        rounding = HALF_UNIT.get(dtype, 0) if name == "grad_rows" else 0
+        error, size_of_theirs = (ours - theirs).norm(), theirs.norm()
+        assert error <= TOLERANCES[dtype] * (1 + size_of_theirs) + rounding * size_of_theirs, name
+
+
+@pytest.mark.parametrize("norm_eps", [None, NORM_EPS])
+@pytest.mark.parametrize("with_rows", [False, True], ids=["all", "rows"])
+@pytest.mark.parametrize("tokens, size", [(1, 1), (7, 257), (3, 1100)])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_kernels_equal_the_reference(cuda, dtype, tokens, size, with_rows, norm_eps):
+    compare(cuda, dtype, tokens, size, with_rows, norm_eps)
+
+
+@pytest.mark.parametrize("norm_eps", [None, NORM_EPS])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_extreme_values(cuda, dtype, norm_eps):
+    hidden = torch.tensor([[1e4, 1], [-1e4, 1], [1, 2], [math.nan, 1], [math.inf, 1], [-math.inf, 1], [0, 0]], dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    vectors = [torch.tensor([1.0, -0.5]), torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.5]), torch.ones(7)]
+    arguments = (hidden, None, *(vector.to(wide) for vector in vectors), norm_eps)
+    found, wanted = run(cuda, *arguments), by_reference(*arguments)
+    *others, grad_rows, grad_direction = range(6)
+    for number in (*others, grad_direction, grad_rows):
+        rtol = HALF_UNIT.get(dtype, 2e-6) if number == grad_rows else 2e-6
+        assert torch.allclose(found[number], wanted[number], rtol=rtol, atol=1e-6, equal_nan=True), number
+    assert found[0][:3].isfinite().all() and not found[0][3].isfinite()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_no_labels(cuda, dtype):
+    hidden, direction = draw(5, 64).cpu().to(dtype), torch.ones(64, dtype=torch.promote_types(dtype, torch.float32))
+    empty = direction[:0]
+    for tokens, rows in ((hidden, torch.empty(0, dtype=torch.int64)), (hidden[:0], None)):
+        assert [tensor.shape for tensor in cuda.pair_loss_forward(tokens, rows, direction, empty, 0.1, None)] == [(0,)] * 4
+        grad_rows, grad_direction = cuda.pair_loss_backward(tokens, rows, direction, empty, empty, empty, None)
+        assert grad_rows.shape == (0, 64) and grad_rows.dtype == dtype
+        assert torch.equal(grad_direction, torch.zeros_like(direction))
+
+
+def test_results_depend_neither_on_the_order_of_threads_nor_on_the_layout(cuda):
+    """The threads' order is another one in each launch."""
+    apart = draw(5, 2 * 300).cpu().float()[:, ::2]
+    arguments = (None, draw(300, seed=1).cpu().float(), torch.ones(5), torch.ones(5), NORM_EPS)
+    first, *others = (run(cuda, hidden, *arguments) for hidden in (apart.contiguous(), apart.contiguous(), apart))
+    assert all(torch.equal(*pair) for other in others for pair in zip(first, other))
+
+
+def test_a_position_beyond_two_to_the_31_elements(cuda):
+    """Memory that is never touched takes no room: only the last row is."""
+    hidden = torch.empty(2**31 // 4096 + 2, 4096, dtype=torch.bfloat16)
+    hidden[-1] = draw(4096).cpu().bfloat16()
+    arguments = (draw(4096, seed=1).cpu().float(), torch.ones(1), torch.ones(1), NORM_EPS)
+    found = run(cuda, hidden, torch.tensor([len(hidden) - 1]), *arguments)
+    again = run(cuda, hidden[-1:].clone(), None, *arguments)
+    assert all(torch.equal(*pair) for pair in zip(found, again))
+
+
+def planted(old: str, new: str) -> str:
+    """The source with a fault in it."""
+    assert SOURCE.count(old) == 1, f"csrc/pair_loss.cu has {old!r} {SOURCE.count(old)} times: this fault cannot be planted"
+    return SOURCE.replace(old, new)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault, tmp_path):
+    old, new, shows = FAULTS[fault]
+    broken = on_cpu(planted(old, new), tmp_path)
+    with pytest.raises((AssertionError, RuntimeError), match=shows):
+        compare(broken, torch.float32, 7, 257, True, NORM_EPS)
+
+
+def test_a_fault_that_the_source_has_no_place_for_is_told():
+    with pytest.raises(AssertionError, match="0 times: this fault cannot be planted"):
+        planted("no such line", "")
