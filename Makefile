@@ -4,13 +4,16 @@ VENV ?= .venv
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint clean
+.PHONY: help venv gpu quickstart test lint clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
-venv:            ## make or reuse the virtual environment (Python 3.11 or 3.12)
+venv:            ## make or reuse the virtual environment (Python 3.11, 3.12 or 3.13)
 	@bash tools/make_venv.sh $(VENV)
+
+gpu:             ## Transformer Engine and flash-attn, compiled for this machine's GPU (half an hour or more)
+	@VENV=$(VENV) bash tools/install_gpu.sh $(ARGS)
 
 quickstart: venv ## demonstration: data, tokenizer, stage 1, stage 2, export, accuracy before and after
 	@$(VENV)/bin/python -m gram_engine.quickstart $(ARGS)
@@ -22,5 +25,5 @@ lint: venv       ## style and unused names
 	@$(VENV)/bin/python -m ruff check gram_engine tests tools setup.py
 
 clean:           ## remove runs/, caches and the virtual environment
-	rm -rf runs build dist *.egg-info gram_engine/kernels/*.so .pytest_cache .ruff_cache $(VENV)
+	rm -rf runs build dist .whl *.egg-info gram_engine/kernels/*.so .pytest_cache .ruff_cache $(VENV)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,15 +1,20 @@
 """The benchmarks measure the same arithmetic for every contestant, and write what they measured."""
 
+import importlib.util
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
-from gram_engine.benchmarks import gpu_check, losses, page, peers
+from gram_engine.benchmarks import gpu_check, losses, offline, page, peers
 from gram_engine.benchmarks.measure import MEMORY_FLOOR, PeakMemory, Row, add_ratios, measure, table
 
 ROOT = Path(__file__).parents[1]
@@ -134,6 +139,94 @@ def test_gpu_check_keeps_what_a_step_measured_and_what_stopped():
     assert rows == [] and outcome["exit_status"] == 1 and "why" in outcome["output"]
     outcome, _ = gpu_check.run_step(gpu_check.Step("slow", ["-c", "import time; time.sleep(60)"], 60), 1)
     assert outcome["exit_status"] == "stopped after 1 s"
+
+
+def test_gpu_check_tells_skipped_tests_with_their_reasons(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n\ndef test_one(): pass\n\n"
+        "@pytest.mark.skip(reason='needs two GPUs')\n@pytest.mark.parametrize('a', [1, 2])\ndef test_two(a): pass\n"
+    )
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", "-c", "/dev/null", str(tmp_path)]
+    outcome, rows = gpu_check.run_step(gpu_check.Step("tests", command, 60, benchmark=False), 60)
+    assert outcome["exit_status"] == 0 and outcome["summary"].startswith("1 passed, 2 skipped") and rows == []
+    assert outcome["skipped"] == [{"what": "2 tests of test_some.py", "why": "needs two GPUs"}]
+
+
+WRITES_AT_CTRL_C = """
+import subprocess, sys, time
+child = subprocess.Popen(["sleep", "300"])
+print("child", child.pid, flush=True)
+try:
+    time.sleep(300)
+except KeyboardInterrupt:
+    cases = '<testcase classname="tests.gpu.test_a"><skipped message="no CUDA device"/></testcase>'
+    open(sys.argv[-1].split("=")[1], "w").write(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    raise
+"""
+
+
+def test_an_interrupted_step_keeps_its_report_and_leaves_no_child():
+    """The parent ignores interrupts, as a shell's background job does."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        outcome, _ = gpu_check.run_step(gpu_check.Step("tests", ["-c", WRITES_AT_CTRL_C], 60, benchmark=False), 3)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert outcome["exit_status"] == "stopped after 3 s" and "KeyboardInterrupt" in outcome["output"]
+    assert outcome["skipped"] == [{"what": "1 test of tests/gpu/test_a.py", "why": "no CUDA device"}]
+    status = Path(f"/proc/{re.search('child ([0-9]+)', outcome['output'])[1]}/status")
+    deadline = time.monotonic() + 10
+    while status.is_file() and "State:\tZ" not in status.read_text():
+        assert time.monotonic() < deadline, "the child still runs"
+        time.sleep(0.05)
+
+
+def test_gpu_check_notes_what_it_leaves_out():
+    content = {"steps": [], "rows": [], "skipped": []}
+    step = gpu_check.Step("losses", ["-c", "pass"], 60)
+    gpu_check.add(content, step, 100, gpu_check.Check(only="tests"))
+    gpu_check.add(content, step, 9, gpu_check.Check(minutes=2.5))
+    gpu_check.add(content, step, 100, gpu_check.Check(only="loss"))
+    assert [part["why"] for part in content["skipped"]] == ["--only tests", "no time was left of --minutes 2.5"]
+    assert [(done["name"], done["exit_status"]) for done in content["steps"]] == [("losses", 0)]
+
+
+def test_gpu_check_steps():
+    options = gpu_check.Check(test_seconds=300, benchmark_seconds=50)
+    found = {step.name: step for step in gpu_check.steps(options, has_transformer_engine=False)}
+    assert found["tests"].limit == 300 and found["throughput llama-3.2-1b stage 2"].limit == 50
+    for stage in ("1", "2"):  # 3B: 78.6 of an H100's 79.1 GiB without recompute
+        assert "--recompute-granularity full" in " ".join(found[f"throughput llama-3.2-3b stage {stage}"].command)
+    assert not any("fp8" in name for name in found)
+    assert any("fp8" in step.name for step in gpu_check.steps(options, has_transformer_engine=True))
+
+
+def test_absent_packages_and_other_versions_are_told(monkeypatch):
+    absent = {part["what"] for part in gpu_check.missing_packages()}
+    assert absent == {name for name in gpu_check.PACKAGES if importlib.util.find_spec(name) is None}
+    monkeypatch.setattr(offline, "pins", lambda file: {"torch": "1.0", "numpy": numpy.__version__, "not-there": "1.0"})
+    assert offline.differences() == {"torch": f"{torch.__version__}, pinned 1.0"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpu_check_takes_its_flags_and_refuses_without_a_gpu(tmp_path, capsys):
+    flags = ["--offline", "--minutes", "9", "--test-seconds", "400", "--output", str(tmp_path / "gpu.json")]
+    with pytest.raises(SystemExit) as stopped:
+        gpu_check.main(flags)
+    assert stopped.value.code == 2 and "torch finds no GPU here" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_page_of_one_file_names_what_was_skipped(tmp_path):
+    content = {
+        "date": "2026-01-02T00:00:00", "versions": {"torch": "2"}, "gpu": "NVIDIA H100", "driver": "1", "offline": True,
+        "rows": [], "steps": [{"name": "losses", "command": "python a", "exit_status": 1}],
+        "skipped": [{"what": "flash_attn", "why": "not installed"}, {"what": "peers", "why": "--only losses"}],
+    }  # fmt: skip
+    (tmp_path / "gpu.json").write_text(json.dumps(content))
+    text = page.write_page_of(tmp_path / "gpu.json").read_text()
+    assert (tmp_path / "gpu.md").read_text() == text and "- losses: exit status 1" in text
+    assert "- flash_attn: not installed\n- peers: --only losses\n" in text and "(`--offline`)" in text
 
 
 def test_page_shows_every_results_file(tmp_path):

@@ -7,25 +7,15 @@ import torch
 
 from gram_engine.errors import CheckpointError, ConfigError
 from tests.hf_models import KINDS, write_hf_model
-from tests.tiny import tiny_trainer
+from tests.tiny import packed, tiny_trainer
 
 
 def packed_logits(prefix, tokenizer, folder, lengths, tokens):
     """Logits [tokens, vocabulary] of two packed sequences by the engine's model, loaded from a Hugging Face folder."""
-    from megatron.core.packed_seq_params import PackedSeqParams
-
     trainer = tiny_trainer(hf_run(prefix, tokenizer, folder, "--no-fused-losses"))
-    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-    )
-    positions = torch.cat([torch.arange(length) for length in lengths])
+    positions, sequences = packed(lengths)
     with torch.no_grad():
-        logits = trainer.model[0].module(tokens[None], positions[None], None, packed_seq_params=packed)
+        logits = trainer.model[0].module(tokens[None], positions, None, packed_seq_params=sequences)
     return logits[0, :, : trainer.config.model.vocab_size]
 
 

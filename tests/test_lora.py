@@ -11,7 +11,7 @@ from gram_engine.errors import CheckpointError
 from tests.hf_models import write_hf_model
 from tests.test_hf_conversion import packed_logits
 from tests.test_label_rows import relative_difference
-from tests.tiny import float64_gradients, tiny_config, tiny_trainer, train_steps
+from tests.tiny import float64_gradients, packed, tiny_config, tiny_trainer, train_steps
 
 STEPS = 4
 LORA = "--lora-rank 4 --lora-alpha 6 --lr 1e-3"
@@ -169,13 +169,10 @@ def test_training_equals_transformers_with_hand_written_adapters(stage, pool, ti
 
 def unmerged_logits(prefix, tokenizer, flags, tokens):
     """Logits of one sequence by the frozen model with trained adapters beside it."""
-    from megatron.core.packed_seq_params import PackedSeqParams
-
     trainer = tiny_trainer(tiny_config(prefix, tokenizer, f"{flags} --no-fused-losses"))
-    bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
-    sequence = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=len(tokens), max_seqlen_kv=len(tokens))
+    positions, sequences = packed([len(tokens)])
     with torch.no_grad():
-        logits = trainer.model[0].module(tokens[None], torch.arange(len(tokens))[None], None, packed_seq_params=sequence)
+        logits = trainer.model[0].module(tokens[None], positions, None, packed_seq_params=sequences)
     return logits[0, :, : trainer.config.model.vocab_size]
 
 

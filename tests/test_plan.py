@@ -15,6 +15,7 @@ from gram_engine.planning.memory import CPU, GIB, GPU, Pack, layer_bytes, parame
 from gram_engine.planning.published import RUNS, as_published, as_this_engine
 from gram_engine.planning.timing import Hardware
 from gram_engine.validation import resolve_shape
+from tests.tiny import packed
 
 SMALL = "--num-layers 4 --hidden-size 32 --ffn-hidden-size 80 --num-attention-heads 4 --num-query-groups 2 --vocab-size 512"
 TIED, UNTIED = (f"--untie-embeddings-and-output-weights {value}" for value in (False, True))
@@ -74,8 +75,6 @@ def kept_of_a_layer(flags: str, lengths: list[int]) -> tuple[float, float]:
 
 
 def saved_bytes(flags: str, lengths: list[int]) -> int:
-    from megatron.core.packed_seq_params import PackedSeqParams
-
     from gram_engine import platform
     from gram_engine.model.build import build_model
 
@@ -83,9 +82,8 @@ def saved_bytes(flags: str, lengths: list[int]) -> int:
     model = build_model(config, platform.initialise("cpu"))[0]
     model = model.bfloat16() if config.training.bf16 else model
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-    sequences = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths))
-    tokens, positions = torch.zeros(1, sum(lengths), dtype=torch.int64), torch.cat([torch.arange(n) for n in lengths])
+    positions, sequences = packed(lengths)
+    tokens = torch.zeros_like(positions)
     saved: dict = {}
 
     def keep(tensor):
@@ -96,7 +94,7 @@ def saved_bytes(flags: str, lengths: list[int]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = model(
             tokens,
-            positions[None],
+            positions,
             None,
             packed_seq_params=sequences,
             output_processor=lambda hidden_states, **_: hidden_states.sum(),

@@ -89,6 +89,20 @@ def float64_gradients(prefix: str, tokenizer_model: str, flags: str, change=None
     return {"loss": loss_sum, "gradients": {name: gradient.numpy() for name, gradient in gradients.items()}}
 
 
+def packed(lengths):
+    """(position ids [1, tokens], PackSequences) of whole sequences, one after the other, for calls of the model itself."""
+    import torch
+
+    from gram_engine.kernels.attention import AttentionBounds
+    from gram_engine.model.attention import PackSequences
+
+    numbers = torch.tensor(lengths)
+    bounds, longest = torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths)
+    attention = AttentionBounds.of_ranges(numbers, bounds[:-1].long(), numbers)
+    sequences = PackSequences("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest, attention=attention)
+    return torch.cat([torch.arange(length) for length in lengths])[None], sequences
+
+
 def add_packs_without_labels(_trainer, batch) -> None:
     """Put a pack of one unlabelled sequence before and after the others."""
     extra = labelless(batch.microbatches[0])

@@ -36,6 +36,14 @@ def write_page(folder: Path = FOLDER) -> Path:
     return folder / PAGE.name
 
 
+def write_page_of(results: Path) -> Path:
+    """A page of one results file, beside it."""
+    page = results.with_suffix(".md")
+    with write_atomically(page) as handle:
+        handle.write("\n".join(_section(results, results.parent)).rstrip() + "\n")
+    return page
+
+
 def _section(path: Path, folder: Path) -> list[str]:
     content = json.loads(path.read_text(encoding="utf-8"))
     rows = [Row(**row) for row in content["rows"] if "benchmark" in row]
@@ -43,9 +51,12 @@ def _section(path: Path, folder: Path) -> list[str]:
         return []
     lines = [f"### {path.stem}", "", _origin(content), ""]
     for step in content.get("steps", []):
-        told = step.get("summary") or step.get("left_out") or f"exit status {step['exit_status']}"
+        told = step.get("summary") or f"exit status {step['exit_status']}"
         lines.append(f"- {step['name']}: {told}" + (f" (`{step['command']}`)" if "command" in step else ""))
-    lines += ["", "```", table(rows), "```", ""]
+    lines += ["", "```", table(rows), "```", ""] if rows else [""]
+    if content.get("skipped"):
+        lines += ["Skipped, left out, or other than pinned:", ""]
+        lines += [f"- {part['what']}: {part['why']}" for part in content["skipped"]] + [""]
     compared = [row for row in rows if row.time_ratio is not None and row.name != row.baseline]
     if compared:
         plot = folder / "plots" / f"{path.stem}.png"
@@ -58,7 +69,8 @@ def _origin(content: dict[str, Any]) -> str:
     machine = f"{content['gpu']}, driver {content['driver']}. " if "gpu" in content else ""
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     command = f" `python tools/{content['command']}`" if "command" in content else ""
-    return f"{content['date'][:10]}. {machine}{versions}.{command}"
+    offline = " With the packages that the machine had (`--offline`)." if content.get("offline") else ""
+    return f"{content['date'][:10]}. {machine}{versions}.{command}{offline}"
 
 
 def _plot(rows: list[Row], path: Path) -> None:
