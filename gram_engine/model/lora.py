@@ -34,6 +34,7 @@ from torch import Tensor
 
 from gram_engine.config import ModelConfig
 from gram_engine.errors import CheckpointError
+from gram_engine.platform.stack import mlp_submodules
 
 COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")
 GATED = "linear_fc1"
@@ -130,7 +131,7 @@ def adapted(linear: type, name: str, rank: int, scale: float) -> type:
 def adapted_layer_spec(layer_spec: ModuleSpec, model: ModelConfig) -> ModuleSpec:
     """A layer's specification with adapters at --lora-modules."""
     layer_spec = copy.deepcopy(layer_spec)
-    for part in (layer_spec.submodules.self_attention.submodules, layer_spec.submodules.mlp.submodules):
+    for part in (layer_spec.submodules.self_attention.submodules, mlp_submodules(layer_spec)):
         for name in set(model.lora_modules) & vars(part).keys():
             setattr(part, name, adapted(getattr(part, name), name, model.lora_rank, model.lora_alpha / model.lora_rank))
     return layer_spec

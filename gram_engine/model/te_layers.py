@@ -1,6 +1,6 @@
 """What a run takes from Transformer Engine: its layers, FP8, and tensor-parallel communication behind its matrix products.
 
-Pinned to megatron-core 0.16.1, which wants 2.9 <= transformer-engine < 2.12.
+Which versions of it belong to which megatron-core: platform/stack.py.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from gram_engine.config import Config
 from gram_engine.errors import ConfigError
 from gram_engine.platform import Platform
+from gram_engine.platform.stack import check_transformer_engine
 
-INSTALL = "pip install 'gram_engine[gpu]'"
+INSTALL = "make gpu"
 
 # Compute capability that FP8 recipes need, and the hardware that has it.
 CAPABILITIES = {
@@ -30,7 +31,8 @@ def uses_transformer_engine(config: Config, platform: Platform) -> bool:
     """Whether layers come from Transformer Engine.
 
     Raises:
-        ConfigError: it was asked for, also by FP8 or --tp-comm-overlap, and is not installed, or there is no GPU.
+        ConfigError: it was asked for, also by FP8 or --tp-comm-overlap, and is not installed, or there is no GPU; or its
+            version does not belong to the installed megatron-core.
     """
     choice, installed = config.model.transformer_impl, importlib.util.find_spec("transformer_engine") is not None
     asked_by = {
@@ -42,14 +44,17 @@ def uses_transformer_engine(config: Config, platform: Platform) -> bool:
     if flag and not (installed and platform.is_cuda):
         lacks = "a GPU" if installed else f"the transformer-engine package ({INSTALL}) and a GPU"
         raise ConfigError(f"{flag} needs {lacks}. Leave it out to train with local layers in BF16.")
-    return choice != "local" and installed and platform.is_cuda
+    if choice == "local" or not installed or not platform.is_cuda:
+        return False
+    check_transformer_engine()
+    return True
 
 
 def check_gpu(config: Config, platform: Platform) -> None:
     """Refuse what this machine cannot do, before any process group starts.
 
     Raises:
-        ConfigError: Transformer Engine is missing, or the GPU is too old for the FP8 recipe.
+        ConfigError: Transformer Engine is missing or of another line, or the GPU is too old for the FP8 recipe.
     """
     training = config.training
     recomputed = training.recompute_modules if training.recompute_granularity == "selective" else ()

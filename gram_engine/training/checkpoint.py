@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint import CheckpointException
 
@@ -26,6 +25,7 @@ from gram_engine.errors import CheckpointError, GramError
 from gram_engine.model.lora import check_adapters, is_adapter
 from gram_engine.model.reward_model import unwrap
 from gram_engine.model.scalar_head import SCALAR_HEAD
+from gram_engine.platform.stack import load_strategy
 from gram_engine.training.agreement import from_main, shared, together
 from gram_engine.training.checkpoint_folder import (
     RUN_CONFIG,
@@ -42,6 +42,7 @@ from gram_engine.training.checkpoint_folder import (
 from gram_engine.training.checkpoint_writer import Writing
 from gram_engine.training.integrity import INTEGRITY, DamagedCheckpoint, check_extents, verify
 from gram_engine.training.reporting import log
+from gram_engine.training.run_lock import RunLock
 from gram_engine.training.safe_pickle import check_no_code, read_metadata
 
 __all__ = ["CheckpointSaver", "TrainState", "candidates", "latest_checkpoint", "load_checkpoint", "load_weights"]
@@ -98,6 +99,7 @@ class CheckpointSaver:
         self.tokenizer: Tokenizer | None = None
         self.writing: Writing | None = None
         self.resumed_from: Path | None = None
+        self.lock: RunLock | None = None
 
     def save(self, state: TrainState, model: list, optimizer, scheduler) -> None:
         """Save to --save, or begin to.
@@ -163,6 +165,7 @@ class CheckpointSaver:
         return f"{final} cannot be saved", f"{remedy}."
 
     def _prepare(self, final: Path) -> Path:
+        self._check_lock()
         final.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(final.parent)
         if self.tokenizer is None:
@@ -175,7 +178,12 @@ class CheckpointSaver:
     def _write_companions(self, folder: Path) -> None:
         write_companions(folder, self.config, self.data_manifest, self.tokenizer)
 
+    def _check_lock(self) -> None:
+        if self.lock is not None:
+            self.lock.check()
+
     def _complete(self, writing: Writing) -> None:
+        self._check_lock()
         writing.complete()
         options = self.config.checkpoint
         protected = [writing.final, *filter(None, [self.resumed_from])]
@@ -299,7 +307,7 @@ def _read(path: Path, sharded_state: dict, verified: bool, may_lack: str = EXTRA
             return dist_checkpointing.load(
                 sharded_state,
                 str(path),
-                sharded_strategy=get_default_load_sharded_strategy(str(path)),
+                sharded_strategy=load_strategy(),
                 strict=StrictHandling.RETURN_UNEXPECTED,
             )
         except (CheckpointingException, CheckpointException, OSError, RuntimeError, EOFError) as error:

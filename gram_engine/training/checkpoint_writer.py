@@ -20,21 +20,15 @@ from typing import Callable
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
 
 from gram_engine.errors import CheckpointError, GramError
 from gram_engine.fileio import write_atomically
+from gram_engine.platform.stack import StoredObject, plan_checkpoint
 from gram_engine.training.checkpoint_folder import publish
 from gram_engine.training.integrity import SummedFile, seal
-
-# Planning would start a server process for results of megatron-core's own writers, which are not used.
-filesystem_async._get_write_results_queue = lambda: None
 
 RECEIPT = "receipt_{:05d}.pickle"
 SPARE_BYTES = 64 << 20
@@ -50,10 +44,7 @@ class Writing:
         """Plan who writes what (collective). `sharded_state` is what megatron-core's dist_checkpointing.save takes."""
         self.temporary, self.final = temporary, final
         sharded, self.common = save_preprocess(sharded_state)
-        strategy = FullyParallelSaveStrategyWrapper(
-            _PlanOnly("torch_dist", 1), parallel_state.get_data_parallel_group(with_context_parallel=True)
-        )
-        self.writer, self.metadata = strategy.async_save(sharded, str(temporary))
+        self.writer, self.metadata = plan_checkpoint(sharded, temporary)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.background: Background | None = None
 
@@ -104,7 +95,8 @@ class Writing:
         path, name, (objects, tensors) = bucket
         transforms, form = self.writer.transforms, SerializationFormat.TORCH_SAVE
         with SummedFile(path) as file:
-            results = [_write_item(transforms, file, data, item, name, form) for item, data in (*objects, *tensors)]
+            contents = (*((item, StoredObject(data.getvalue())) for item, data in objects), *tensors)
+            results = [_write_item(transforms, file, data, item, name, form) for item, data in contents]
         return results, file.entry
 
     def running(self) -> bool:
@@ -131,13 +123,6 @@ class Writing:
             path.unlink()
         seal(self.temporary, {name: entry for receipt in receipts for name, entry in receipt["files"].items()})
         publish(self.temporary, self.final)
-
-
-class _PlanOnly(TorchDistSaveShardedStrategy):
-    """megatron-core's saving up to where it would write: (FileSystemWriterAsync, .metadata's content on the main process)."""
-
-    def _get_save_and_finalize_callbacks(self, writer, save_state_dict_ret):
-        return writer, save_state_dict_ret[1]
 
 
 def _wait_for(paths: list[Path]) -> None:

@@ -68,22 +68,25 @@ def run(config: Config) -> dict[str, float]:
     from gram_engine.training.loop import Trainer
     from gram_engine.training.pipeline_balance import Work, balance_report
     from gram_engine.training.reporting import log
+    from gram_engine.training.run_lock import only_run_in
 
     check_gpu(config, platform)
     losses = describe_losses(config, platform.device)
     start_processes(config, platform)
     try:
-        start_model_parallel(config)
-        start_userbuffers(config)
-        prepared = prepare_data(config)
-        complete_vocabulary(config, prepared)
-        log(config.to_yaml())
-        trainer = Trainer(config, platform, prepared)
-        if config.parallel.pipeline_model_parallel_size > 1:
-            log(balance_report(config, Work(*trainer.loader.totals())))
-        log(losses)
-        log(f"{platform.describe()} | {len(trainer.dataset)} samples | {trainer.total_steps} steps")
-        return trainer.train()
+        with only_run_in(config.checkpoint.save) as lock:
+            start_model_parallel(config)
+            start_userbuffers(config)
+            prepared = prepare_data(config)
+            complete_vocabulary(config, prepared)
+            log(config.to_yaml())
+            trainer = Trainer(config, platform, prepared)
+            trainer.saver.lock = lock
+            if config.parallel.pipeline_model_parallel_size > 1:
+                log(balance_report(config, Work(*trainer.loader.totals())))
+            log(losses)
+            log(f"{platform.describe()} | {len(trainer.dataset)} samples | {trainer.total_steps} steps")
+            return trainer.train()
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -1,8 +1,7 @@
-"""The one place that knows CUDA/NCCL from CPU/gloo.
+"""Lets stock megatron-core run on a CPU.
 
-On a GPU this module does nothing but answer questions.  Without one it lets stock megatron-core run on CPU: megatron-core
-asks torch for CUDA devices, streams and random states by name, so inside megatron.core's own modules the global name
-`torch` becomes a proxy that answers these calls for the CPU and hands everything else to torch.  Nothing outside
+megatron-core asks torch for CUDA devices, streams and random states by name, so inside megatron.core's own modules the
+global name `torch` becomes a proxy that answers these calls for the CPU and hands everything else to torch.  Nothing outside
 megatron.core sees the proxy.  tests/test_platform.py fails when an upgrade brings a CUDA call that has no answer here.
 """
 
@@ -12,90 +11,12 @@ import contextlib
 import functools
 import importlib.abc
 import importlib.machinery
-import os
 import sys
 import types
-from dataclasses import dataclass
-from typing import Literal
 
-import psutil
 import torch
 
-from gram_engine.errors import ConfigError
-
-# Dense bf16 peak of one GPU in TFLOP/s, from NVIDIA's data sheets; the key is part of the device's name.
-PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0}
-
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Platform:
-    """Where this process computes."""
-
-    device: torch.device
-    backend: str
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.device.type == "cuda"
-
-    def memory_allocated_bytes(self) -> int:
-        """Peak memory of the GPU's allocator, or this process's resident memory."""
-        return torch.cuda.max_memory_allocated() if self.is_cuda else psutil.Process().memory_info().rss
-
-    def peak_tflops(self) -> float | None:
-        """Dense bf16 peak of one device; None where it is not known (CPUs)."""
-        if not self.is_cuda:
-            return None
-        name = torch.cuda.get_device_name(self.device)
-        return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
-
-    def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
-        if self.is_cuda:
-            torch.cuda.synchronize()
-
-    def describe(self) -> str:
-        """One line for the log."""
-        name = torch.cuda.get_device_name(self.device) if self.is_cuda else f"CPU, {torch.get_num_threads()} threads"
-        return f"{name} | {self.backend} | torch {torch.__version__}"
-
-
-@functools.cache
-def initialise(device: Literal["auto", "cuda", "cpu"] = "auto") -> Platform:
-    """Choose the device of this process and prepare megatron-core for it. Call before megatron is used.
-
-    Raises:
-        ConfigError: cuda was asked for and there is none.
-    """
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise ConfigError("--device cuda: torch finds no GPU. Use --device cpu, or check the driver and torch's build.")
-    if available and device != "cpu":
-        # One queue: collectives start in the order in which megatron-core overlaps them with matrix products.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        torch.cuda.set_device(local)
-        _register_adam()
-        return Platform(torch.device("cuda", local), "nccl")
-    if available:
-        # megatron-core and torch ask again and again whether there is a GPU: the answer has to be one.
-        raise ConfigError("--device cpu on a machine with GPUs: hide them instead, with CUDA_VISIBLE_DEVICES= (empty).")
-    if "OMP_NUM_THREADS" not in os.environ:
-        share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, share))
-    _answer_cuda_calls()
-    _register_adam()
-    return Platform(CPU, "gloo")
-
-
-def make_deterministic() -> None:
-    """Allow only kernels that give the same bits in every run. Call before the device is first used."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("NCCL_ALGO", "Ring")
-    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
-    torch.use_deterministic_algorithms(True)
 
 
 def _is_cuda_device(device) -> bool:
@@ -228,7 +149,8 @@ def _called_from_megatron() -> bool:
     return sys._getframe(2).f_globals.get("__name__", "").startswith("megatron.core")
 
 
-def _answer_cuda_calls() -> None:
+def answer_cuda_calls() -> None:
+    """Give the proxy to all of megatron-core, loaded or yet to be loaded. Once a process."""
     sys.meta_path.insert(0, _ProxyGivingFinder())
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core"):
@@ -248,9 +170,3 @@ def _answer_cuda_calls() -> None:
 
     torch.Tensor.cuda = cuda
     torch.Tensor.type = type_
-
-
-def _register_adam() -> None:
-    from gram_engine.training.adamw import register_as_megatron_adam  # imports megatron: only after the proxy is in
-
-    register_as_megatron_adam()
