@@ -103,5 +103,6 @@ def compare(layout, stage, model, pool, data, references, run=curve):
     for found in curves:
         for (loss, norm), (expected_loss, expected_norm) in zip(found, expected, strict=True):
             assert loss == pytest.approx(expected_loss, rel=1e-5)
-            assert norm == pytest.approx(expected_norm, rel=1e-5)
+            # One stage-2 step's gradients nearly cancel (norm 0.08 between 1.1 and 2.6): its rounding is that of the others.
+            assert norm == pytest.approx(expected_norm, rel=1e-5, abs=1e-6)
     assert expected[-1][0] < expected[0][0]

@@ -20,10 +20,11 @@ def test_equals_transformers(factor):
         parameters |= {**SCALED, "factor": factor, "original_max_position_embeddings": 8192}
     theirs = LlamaRotaryEmbedding(LlamaConfig(hidden_size=512, num_attention_heads=8, rope_parameters=parameters))
     frequencies = inverse_frequencies(ModelConfig(kv_channels=64, rotary_base=500_000, rope_scaling_factor=factor))
+    assert torch.equal(frequencies, theirs.inv_freq)
     heads = torch.randn(1, 3, len(POSITIONS), 64, generator=torch.Generator().manual_seed(0))
     expected, _ = apply_rotary_pos_emb(heads, heads, *theirs(heads, POSITIONS[None]))
     found = rotate(heads[0].transpose(0, 1), *cos_and_sin(POSITIONS, frequencies, torch.float32))
-    torch.testing.assert_close(found.transpose(0, 1)[None], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.transpose(0, 1)[None], expected, rtol=0, atol=0)
 
 
 def angles_of_megatron():

@@ -17,10 +17,11 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
     frequencies = 1.0 / config.rotary_base**exponents
     if config.rope_scaling_factor is None:
         return frequencies
-    turns = ROPE_SCALING["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    # In transformers' order of operations, so that the angles are the same to the last bit.
     low, high = ROPE_SCALING["low_freq_factor"], ROPE_SCALING["high_freq_factor"]
+    turns = ROPE_SCALING["original_max_position_embeddings"] / (2 * math.pi / frequencies)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / config.rope_scaling_factor)
+    return (1 - kept) * frequencies / config.rope_scaling_factor + kept * frequencies
 
 
 def cos_and_sin(position_ids: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
