@@ -145,15 +145,14 @@ def layer_bytes(config: Config, tokens: float, engine: Engine = GPU) -> float:
     # Query and key after the rotary embedding, value, output and its log-normalisers.
     attention = element * (2 * query + 2 * group) + 4 * heads / config.parallel.tensor_model_parallel_size
     if engine.local_layers and context > 1:
-        attention += element * 2 * group * (context - 1)  # keys and values of all context-parallel processes
+        # Keys and values of all context-parallel processes; those of a process's first chunk occur twice.
+        attention += element * 2 * group * (context - 0.5)
     elif engine.local_layers:
         attention += element * (query + group)  # the value is a view of the whole projection
     if engine.attention_by_sequence:
         attention += element * query
     elif product != element:
         attention += product * query
-    if engine.local_layers:
-        attention += 4 * element * config.model.kv_channels  # cosine and sine, for query and key
     if config.model.qk_layernorm:
         attention += _head_norms(config, query, group, engine)
     activation = element * mlp * (2 if engine.fused_swiglu else 4) + product * mlp
@@ -175,7 +174,7 @@ def pruned_layer_bytes(config: Config, pack: Pack, engine: Engine) -> float:
     """The last layer of stage 2 (model/label_rows.py): keys and values of all tokens, all else of label rows."""
     query, group, mlp = _columns(config)
     element = _element(config)
-    tokens = norm_bytes(config, engine) + element * (3 * group + 2 * config.model.kv_channels)
+    tokens = norm_bytes(config, engine) + element * 3 * group
     weights = element * config.model.hidden_size * (query + 2 * group)
     return pack.tokens * tokens + weights + layer_bytes(config, pack.rows, engine)
 
@@ -233,6 +232,7 @@ class _Moments:
         else:
             kept = whole * layer_bytes(config, self.pack.tokens, engine)
             kept += pruned_layer_bytes(config, self.pack, engine) if whole < self.layers else 0.0
+        kept += self.element * config.model.kv_channels * self.pack.tokens  # cosines and sines
         if not is_last:
             kept += self.row  # what is sent to the next stage stays until its gradient comes
         elif config.training.objective == "response-lm" or not config.label_rows_only:
