@@ -190,6 +190,7 @@ def initialise_weights(chunk: RewardModel, config: Config) -> None:
     """
     std = config.model.init_method_std
     loaded = bool(config.model.load_hf or config.checkpoint.pretrained_checkpoint)
+    loaded = loaded and not config.training.fp8_param_gather  # NaN would stay in the scales of FP8 weights
     for tensor in sharded_tensors(chunk):
         name, stacked = tensor.key, tensor.prepend_axis_num
         if loaded and not is_adapter(name) and name != SCALAR_HEAD:

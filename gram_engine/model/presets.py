@@ -50,7 +50,7 @@ PRESETS: dict[str, dict] = {
     "qwen3-14b": _qwen_3(40, 5120, 17408, 40, 8),
 }
 
-# megatron-core's RotaryEmbedding has these built in (rotary_pos_embedding.py, _apply_scaling).
+# What LLaMA 3.1's scaling (model/rotary.py) is made for; megatron-core has the same built in.
 ROPE_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
