@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import statistics
 import sys
 from pathlib import Path
 
@@ -235,10 +236,12 @@ def test_layout_equals_one_process(layout, stage, pool, real_data, references):
     processes, flags = LAYOUTS[layout]
     curves = pool.run(curve, processes, real_data[stage], f"{flags} --objective {STAGES[stage]}", timeout=SECONDS)
     assert [len(found) for found in curves] == [STEPS] * processes
+    # A step's four pairs nearly cancel at times (norms of stage 2 go from 7 to 54), and the rounding does not shrink with the norm.
+    typical = statistics.median(norm for _, norm in expected)
     differences = [
-        [abs(value / wanted - 1) for value, wanted in zip(step, expected_step)]
+        [abs(loss / wanted_loss - 1), abs(norm - wanted_norm) / max(wanted_norm, typical)]
         for found in curves
-        for step, expected_step in zip(found, expected)
+        for (loss, norm), (wanted_loss, wanted_norm) in zip(found, expected)
     ]
     loss, norm = map(max, zip(*differences))
     first, last = expected[0][0], expected[-1][0]
