@@ -236,7 +236,7 @@ def test_layout_equals_one_process(layout, stage, pool, real_data, references):
     processes, flags = LAYOUTS[layout]
     curves = pool.run(curve, processes, real_data[stage], f"{flags} --objective {STAGES[stage]}", timeout=SECONDS)
     assert [len(found) for found in curves] == [STEPS] * processes
-    # A step's four pairs nearly cancel at times (norms of stage 2 go from 7 to 54), and the rounding does not shrink with the norm.
+    # A step's four pairs nearly cancel at times (stage 2: norms of 7 to 54), and the rounding does not shrink with the norm.
     typical = statistics.median(norm for _, norm in expected)
     differences = [
         [abs(loss / wanted_loss - 1), abs(norm - wanted_norm) / max(wanted_norm, typical)]
