@@ -59,6 +59,12 @@ class AttentionBounds:
         positions = ranges(first, keys)
         return cls.of_rows(queries, keys, positions if row_of is None else row_of[positions])
 
+    @functools.cached_property
+    def longest(self) -> tuple[int, int]:
+        """Most queries, and most keys, of one sequence; computed once for all layers."""
+        queries, keys = (max(b - a for a, b in zip(part, part[1:])) for part in (self.queries, self.keys))
+        return queries, keys
+
     def to(self, device: torch.device) -> AttentionBounds:
         """The same with its tensors on `device`."""
         return replace(
@@ -98,8 +104,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Attentio
     kernel = varlen_kernel(query)
     if kernel is None:
         return _one_by_one(query, key, value, bounds)
-    longest = (max(b - a for a, b in zip(part, part[1:])) for part in (bounds.queries, bounds.keys))
-    return kernel(query, key, value, bounds.cu_seqlens_q, bounds.cu_seqlens_k, *longest)
+    return kernel(query, key, value, bounds.cu_seqlens_q, bounds.cu_seqlens_k, *bounds.longest)
 
 
 def _select(rows: Tensor, bounds: AttentionBounds) -> Tensor:
