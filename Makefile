@@ -16,7 +16,7 @@ gpu:             ## Transformer Engine and flash-attn, compiled for this machine
 	@VENV=$(VENV) bash tools/install_gpu.sh $(ARGS)
 
 quickstart: venv ## demonstration: data, tokenizer, stage 1, stage 2, export, accuracy before and after
-	@$(VENV)/bin/python -m gram_engine.quickstart $(ARGS)
+	@$(VENV)/bin/python -m gram_engine.reproduce.quickstart $(ARGS)
 
 test: venv       ## the whole test suite
 	@$(VENV)/bin/python -m pytest $(ARGS)

@@ -17,4 +17,4 @@ fi
 if [ -n "${RANK:-}" ] && [ -n "${WORLD_SIZE:-}" ]; then
     exec "$PYTHON" -u "$@"
 fi
-exec "$PYTHON" -m gram_engine.launch "$@"
+exec "$PYTHON" -m gram_engine.training.launch "$@"

@@ -11,14 +11,14 @@ COMMANDS = {
     "preprocess": ("gram_engine.data.preprocess:main", "preference files -> .bin/.idx"),
     "data inspect": ("gram_engine.data.inspect:main", "show a packed sample: which tokens carry loss"),
     "convert": ("gram_engine.convert.command:main", "checkpoint -> Hugging Face folder, and back"),
-    "score": ("gram_engine.scoring.score_file:main", "score preference pairs with a Hugging Face folder"),
-    "rank": ("gram_engine.scoring.score_file:rank_main", "rank lists of responses, or find the best of n"),
+    "score": ("gram_engine.scoring.command:main", "score preference pairs with a Hugging Face folder"),
+    "rank": ("gram_engine.scoring.command:rank_main", "rank lists of responses, or find the best of n"),
     "evaluate": ("gram_engine.evaluation.evaluate:main", "RewardBench, RM-Bench, JudgeBench, HHH or own pairs: a report"),
     "best-of-n": ("gram_engine.evaluation.best_of_n:main", "choose among n with a reward model: score and KL as a curve"),
     "reproduce": ("gram_engine.reproduce.command:main", "the paper's comparison from a recipe, with a report"),
     "plan": ("gram_engine.planning.command:main", "which layouts of a model fit on how many GPUs, and how fast"),
-    "train-tokenizer": ("gram_engine.train_tokenizer:main", "train a SentencePiece tokenizer on preference files"),
-    "demo-data": ("gram_engine.demo:main", "make the demonstration preference data"),
+    "train-tokenizer": ("gram_engine.data.train_tokenizer:main", "train a SentencePiece tokenizer on preference files"),
+    "demo-data": ("gram_engine.data.demo:main", "make the demonstration preference data"),
 }
 
 

@@ -40,7 +40,7 @@ def make_tiny_data(folder) -> dict:
     write_pairs(jsonl, rows=48)
     tokenizer = train_tokenizer(jsonl, folder / "tokenizer.model")
     made = {"tokenizer": tokenizer, "jsonl": str(jsonl), "longest": {}}
-    from gram_engine.config import DataConfig
+    from gram_engine.config.schema import DataConfig
     from gram_engine.data.preprocess import preprocess
 
     for stage, objective in (("stage1", "response-lm"), ("stage2", "pair-preference")):

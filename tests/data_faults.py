@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-from gram_engine.config import DataConfig
-from gram_engine.convert.companions import GRAM_CONFIG
+from gram_engine.config.schema import DataConfig
+from gram_engine.convert.metadata_files import GRAM_CONFIG
 from gram_engine.data.integrity import SEAL, describe_files, sealed
 from gram_engine.data.preprocess import preprocess
 from gram_engine.data.samples import label_ids

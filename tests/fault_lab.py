@@ -52,8 +52,8 @@ class Lab:
     def check(self, folder: Path, allowed: dict[str, str]) -> str:
         """In a child: one of the `allowed` states (digest: its name) is loaded, nothing looks whole that is not, and saving
         goes on. Returns the state's name."""
-        from gram_engine.training.checkpoint_folder import candidates
-        from gram_engine.training.integrity import verify
+        from gram_engine.checkpoint.folder import candidates
+        from gram_engine.checkpoint.integrity import verify
 
         found = load(self.flags(folder))[0]
         assert found in allowed, f"{folder}: lost"
@@ -89,7 +89,7 @@ class Trap:
         self.folder, self.seen, self.at, self.spring = str(folder), 0, at, spring
 
     def _watch_fsync_and_writes(self) -> None:
-        from gram_engine.training.integrity import SummedFile
+        from gram_engine.checkpoint.integrity import SummedFile
 
         fsync, begin = os.fsync, SummedFile.__init__
 

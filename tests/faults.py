@@ -115,7 +115,7 @@ def _in_the_writer(lab: Lab, spring: Callable[[str], None], message: str) -> Ite
 
 def kill_the_trainer_while_the_writer_works(lab: Lab) -> Iterator[str]:
     """--async-save: the writer goes on alone and publishes nothing; the next run is not disturbed by it."""
-    from gram_engine.training import checkpoint_writer
+    from gram_engine.checkpoint import writer as checkpoint_writer
 
     def run(folder: Path, seconds: float) -> None:
         write = checkpoint_writer.Writing._write
@@ -306,7 +306,7 @@ def try_fault(fault_name: str, folder: Path, data: dict) -> Counter:
     from gram_engine import platform
 
     platform.initialise("cpu")
-    from gram_engine.training import checkpoint  # noqa: F401  imported once, here, and not in every child
+    from gram_engine.checkpoint import save_load as checkpoint  # noqa: F401  imported once, here, and not in every child
     from tests.tiny import tiny_config
 
     lab = Lab(folder, tiny_config(data["stage2"], data["tokenizer"], "--num-layers 1"))

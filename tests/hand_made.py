@@ -92,7 +92,7 @@ def manifest_and_tokenizer(prefix: str, tokenizer_model: str) -> tuple:
 
 def new_saver(config):
     """A CheckpointSaver of this configuration."""
-    from gram_engine.training.checkpoint import CheckpointSaver
+    from gram_engine.checkpoint.save_load import CheckpointSaver
 
     manifest, tokenizer = manifest_and_tokenizer(config.data.data_path, config.data.tokenizer_model)
     saver = CheckpointSaver(config, manifest)
@@ -102,7 +102,7 @@ def new_saver(config):
 
 @functools.cache
 def _parsed(text: str):
-    from gram_engine.command_line import load_yaml
+    from gram_engine.config.parse import load_yaml
 
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(text)
@@ -118,7 +118,7 @@ def quick_run_config_of(checkpoint):
 
 def save(config, step: int, seed: int = 0, saver=None, resumed_from: Path | None = None):
     """Begin to save a step (in the foreground: and finish). Returns the saver."""
-    from gram_engine.training.checkpoint import TrainState
+    from gram_engine.checkpoint.save_load import TrainState
 
     saver = saver or new_saver(config)
     model, optimizer, scheduler = run_state(config, step, seed)
@@ -130,7 +130,7 @@ def load(config, folder=None) -> tuple[str, list[str], Path]:
     """(digest, log lines, checkpoint) of what a resuming run gets."""
     from unittest import mock
 
-    from gram_engine.training import checkpoint
+    from gram_engine.checkpoint import save_load as checkpoint
 
     lines: list[str] = []
     model, optimizer, scheduler = state = run_state(config, 0)

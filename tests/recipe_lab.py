@@ -4,7 +4,7 @@ import copy
 
 import yaml
 
-from gram_engine import demo
+from gram_engine.data import demo
 from gram_engine.reproduce.recipe import load_recipe
 from tests.conftest import TEMPLATE
 

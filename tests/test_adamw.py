@@ -2,7 +2,7 @@
 
 import torch
 
-from gram_engine.training.adamw import AdamW
+from gram_engine.platform.adamw import AdamW
 
 
 def test_equals_torch_adamw():

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from gram_engine import demo
+from gram_engine.data import demo
 from gram_engine.errors import ConfigError, DataError
 from gram_engine.evaluation.best_of_n import best_of_n_curve, chance_of_best, expected_of_best, kl_of, main, read_candidates
 from gram_engine.scoring.scorer import RewardModelScorer

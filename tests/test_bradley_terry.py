@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gram_engine.config import DataConfig
+from gram_engine.config.schema import DataConfig
 from gram_engine.data.preprocess import preprocess
 from tests.conftest import TEMPLATE, write_pairs
 from tests.test_parallel_parity import LAYOUTS
@@ -222,9 +222,9 @@ def test_stage_one_is_scored_as_it_is_and_starts_a_scalar_head(pool, pairs, tiny
     ],
 )
 def test_refusals(flags, message, monkeypatch):
-    from gram_engine.command_line import parse
+    from gram_engine.config.parse import parse
+    from gram_engine.config.validate import check, resolve_shape
     from gram_engine.errors import ConfigError
-    from gram_engine.validation import check, resolve_shape
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     config = parse(["--model", "tiny", "--vocab-size", "512", "--train-iters", "2", *flags.split()])

@@ -12,9 +12,9 @@ from unittest import mock
 import pytest
 import torch
 
+from gram_engine.checkpoint.folder import candidates, run_config_of
+from gram_engine.checkpoint.integrity import seal
 from gram_engine.errors import CheckpointError, ConfigError
-from gram_engine.training.checkpoint_folder import candidates, run_config_of
-from gram_engine.training.integrity import seal
 from tests.faults import FAULTS, try_fault
 from tests.hand_made import load, meant, save, with_flags
 from tests.tiny import tiny_config
@@ -219,7 +219,7 @@ def test_a_folder_with_traces_of_checkpoints_is_not_taken_for_a_new_one(tmp_path
     ],
 )
 def test_flags_of_pruning(flags, message, tiny_data):
-    from gram_engine.validation import check
+    from gram_engine.config.validate import check
 
     with pytest.raises(ConfigError, match=message):
         check(tiny_config(tiny_data["stage2"], tiny_data["tokenizer"], flags))

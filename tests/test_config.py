@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from gram_engine.command_line import load_yaml, parse
+from gram_engine.config.parse import load_yaml, parse
+from gram_engine.config.validate import check, resolve_shape
 from gram_engine.errors import ConfigError
-from gram_engine.validation import check, resolve_shape
 
 FOLDER = Path(__file__).parents[1] / "examples" / "configs"
 CONFIGS = [path for path in sorted(FOLDER.glob("*.yaml")) if not path.stem.endswith("template")]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gram_engine.command_line import parse
-from gram_engine.convert.companions import read_evaluation
+from gram_engine.config.parse import parse
+from gram_engine.convert.metadata_files import read_evaluation
 from gram_engine.data.samples import build_generate, build_judge, label_ids
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer

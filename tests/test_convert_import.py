@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gram_engine.convert import command, export_hf, jobs
-from gram_engine.convert.companions import PAIR_LOGIT
 from gram_engine.convert.import_checkpoint import import_checkpoint
-from gram_engine.convert.safetensors_file import SafetensorsReader, SafetensorsWriter
+from gram_engine.convert.metadata_files import PAIR_LOGIT
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import CheckpointError, ConfigError
+from gram_engine.hf.safetensors_file import SafetensorsReader, SafetensorsWriter
 from gram_engine.scoring.scorer import RewardModelScorer
 from tests.conftest import TEMPLATE
 from tests.hf_models import write_hf_model
@@ -49,8 +49,8 @@ def assert_same_weights(one, other):
 
 def weights_of(prefix, tokenizer, start):
     """This process's parameters as a run begins with them."""
-    from gram_engine.command_line import parse
-    from gram_engine.validation import resolve_shape
+    from gram_engine.config.parse import parse
+    from gram_engine.config.validate import resolve_shape
 
     text = f"--seq-length 192 --global-batch-size 8 --train-iters 4 --data-path {prefix} --tokenizer-model {tokenizer} {start}"
     config = parse(text.split())
@@ -145,7 +145,9 @@ def test_a_full_disk_is_foreseen(tiny_data, tmp_path, monkeypatch):
 
 KILLED = """
 import os, sys
-from gram_engine.convert import command, safetensors_file, torch_dist
+from gram_engine.convert import command
+from gram_engine.hf import safetensors_file
+from gram_engine.checkpoint import torch_dist
 write, save, count = safetensors_file.SafetensorsWriter.write, torch_dist.torch.save, 0
 def die_in_the_middle(*arguments, function):
     global count

@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gram_engine.config import ModelConfig
-from gram_engine.convert.import_hf import HuggingFaceFolder
-from gram_engine.convert.mapping import LAYER_RULES, hf_shapes, rules
+from gram_engine.config.schema import ModelConfig
 from gram_engine.errors import CheckpointError
-from gram_engine.model.presets import shape_from_hf
+from gram_engine.hf.load_weights import HuggingFaceFolder
+from gram_engine.hf.mapping import LAYER_RULES, hf_shapes, rules
+from gram_engine.model.shapes import shape_from_hf
 from tests.hf_models import write_hf_model
 
 MODEL = ModelConfig(

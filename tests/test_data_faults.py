@@ -18,8 +18,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gram_engine.command_line import parse
-from gram_engine.config import Config, DataConfig
+from gram_engine.config.parse import parse
+from gram_engine.config.schema import Config, DataConfig
 from gram_engine.data.dataset import PairDataset
 from gram_engine.data.integrity import SEAL, sealed
 from gram_engine.data.preprocess import ensure_preprocessed, preprocess

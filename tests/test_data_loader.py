@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gram_engine.config import Config, DataConfig
+from gram_engine.config.schema import Config, DataConfig
 from gram_engine.data.dataset import PairDataset
 from gram_engine.data.inspect import InspectArguments, describe
 from gram_engine.data.loader import PackedLoader

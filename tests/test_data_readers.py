@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from gram_engine.config import DataConfig
+from gram_engine.config.schema import DataConfig
 from gram_engine.data.readers import read_rows
 from gram_engine.data.schema import Verbatim
 from gram_engine.errors import DataError

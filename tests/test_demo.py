@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gram_engine import demo
+from gram_engine.data import demo
 
 
 @pytest.fixture(scope="module")

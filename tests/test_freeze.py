@@ -24,7 +24,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def data(tiny_data, tmp_path_factory):
-    from gram_engine.config import DataConfig
+    from gram_engine.config.schema import DataConfig
     from gram_engine.data.preprocess import preprocess
 
     prefix = str(tmp_path_factory.mktemp("freeze") / "scalar")
@@ -71,8 +71,8 @@ def test_frozen_weights_stay_and_cost_nothing(run, pool, data):
 
 def stored(folder) -> set[str]:
     """Names of the weights that a checkpoint has optimizer state of."""
-    from gram_engine.convert.torch_dist import TorchDistCheckpoint
-    from gram_engine.training.checkpoint_folder import latest_checkpoint
+    from gram_engine.checkpoint.folder import latest_checkpoint
+    from gram_engine.checkpoint.torch_dist import TorchDistCheckpoint
 
     keys = TorchDistCheckpoint(latest_checkpoint(folder))._metadata.state_dict_metadata
     return {key.partition("exp_avg.")[2] for key in keys if "exp_avg." in key}

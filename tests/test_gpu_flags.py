@@ -5,10 +5,10 @@ import importlib.util
 import pytest
 import torch
 
-from gram_engine.command_line import parse
+from gram_engine.config.parse import parse
+from gram_engine.config.validate import resolve_shape
 from gram_engine.data.context_parallel import held_positions
 from gram_engine.errors import ConfigError
-from gram_engine.validation import resolve_shape
 from tests.tiny import tiny_config, tiny_trainer, train_steps
 
 SHAPE = "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 8 --seq-length 512"

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from gram_engine import gpu_install
 from gram_engine.benchmarks import offline
-from gram_engine.gpu_install import Machine
-from gram_engine.pins import PYTHONS, ROOT, pins
+from gram_engine.install import gpu as gpu_install
+from gram_engine.install.gpu import Machine
+from gram_engine.install.pins import PYTHONS, ROOT, pins
 
 HERE = sys.version_info[:2]
 FILES = ("requirements.txt", "requirements-dev.txt", "requirements-gpu.txt")
@@ -135,7 +135,7 @@ def test_an_environment_of_another_python_is_refused(tmp_path):
     assert "has Python" not in make_venv(tmp_path, tmp_path / "old", PYTHON=str(asked)).stderr
 
 
-# gram_engine/gpu_install.py
+# gram_engine/install/gpu.py
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def distribution(site: Path, name: str, version: str) -> None:
 
 
 def check(environment: dict[str, str]) -> subprocess.CompletedProcess:
-    return run([sys.executable, "-m", "gram_engine.gpu_install", "--check"], environment)
+    return run([sys.executable, "-m", "gram_engine.install.gpu", "--check"], environment)
 
 
 def test_a_good_machine_is_told_the_time_and_what_the_builds_read(gpu_machine, tmp_path):

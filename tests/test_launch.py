@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gram_engine import demo, launch
-from gram_engine.train_tokenizer import TokenizerConfig, train_tokenizer
+from gram_engine.data import demo
+from gram_engine.data.train_tokenizer import TokenizerConfig, train_tokenizer
+from gram_engine.training import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = str(Path(sys.executable).parent / "torchrun")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gram_engine.scoring.metrics import pair_metrics, reward_of_first
+from gram_engine.metrics import pair_metrics, reward_of_first
 
 
 def test_consistent_right_verdicts():

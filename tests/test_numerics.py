@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from gram_engine.config import TrainingConfig
+from gram_engine.config.schema import TrainingConfig
 from gram_engine.errors import NumericsError
-from gram_engine.training.numerics import FIRST_STEPS, NumericsGuard
+from gram_engine.training.nonfinite import FIRST_STEPS, NumericsGuard
 from tests.tiny import tiny_config, tiny_trainer, train_steps
 
 STAGE2 = "--objective pair-preference --lr 3e-3"

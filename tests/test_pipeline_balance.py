@@ -2,9 +2,9 @@
 
 import pytest
 
-from gram_engine.command_line import parse
-from gram_engine.training.pipeline_balance import Work, balance_report, best_last_stage, stage_costs, stage_layers
-from gram_engine.validation import resolve_shape
+from gram_engine.config.parse import parse
+from gram_engine.config.validate import resolve_shape
+from gram_engine.planning.pipeline_balance import Work, balance_report, best_last_stage, stage_costs, stage_layers
 
 # 32 samples of 1,024 tokens.
 WORK = Work(tokens=32768, rows=32, squared_lengths=32 * 1024**2)

@@ -6,15 +6,15 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from gram_engine.command_line import parse
-from gram_engine.config import Config
+from gram_engine.config.parse import parse
+from gram_engine.config.schema import Config
+from gram_engine.config.validate import resolve_shape
 from gram_engine.errors import ConfigError
 from gram_engine.planning import command
 from gram_engine.planning.layouts import Cluster, Data, Layout, best_layouts, evaluate, flags, parse_layout
 from gram_engine.planning.memory import CPU, GIB, GPU, Pack, layer_bytes, parameter_count, peak_memory, schedule
 from gram_engine.planning.published import RUNS, as_published, as_this_engine
 from gram_engine.planning.timing import Hardware
-from gram_engine.validation import resolve_shape
 from tests.tiny import packed
 
 SMALL = "--num-layers 4 --hidden-size 32 --ffn-hidden-size 80 --num-attention-heads 4 --num-query-groups 2 --vocab-size 512"

@@ -157,7 +157,7 @@ def test_another_line_of_megatron_core_is_refused(version, tmp_path, monkeypatch
     ],
 )
 def test_transformer_engine_must_belong_to_megatron_core(core, engine, fits, tmp_path, monkeypatch):
-    from gram_engine.command_line import parse
+    from gram_engine.config.parse import parse
     from gram_engine.model.te_layers import uses_transformer_engine
 
     install("megatron-core", core, tmp_path)

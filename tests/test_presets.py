@@ -5,11 +5,11 @@ import math
 
 import pytest
 
-from gram_engine.command_line import parse
-from gram_engine.convert.mapping import hf_shapes
+from gram_engine.config.parse import parse
+from gram_engine.config.validate import resolve_shape
 from gram_engine.errors import ConfigError
-from gram_engine.model.presets import PRESETS, ROPE_SCALING, hf_config, shape_from_hf
-from gram_engine.validation import resolve_shape
+from gram_engine.hf.mapping import hf_shapes
+from gram_engine.model.shapes import PRESETS, ROPE_SCALING, hf_config, shape_from_hf
 
 # Parameters of the published checkpoints.
 PARAMETERS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gram_engine import demo
+from gram_engine.data import demo
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,7 +17,8 @@ def test_own_data_goes_all_the_way_to_a_report(tmp_path):
     train, test = demo.write(demo.DemoConfig(output_dir=str(tmp_path), train_pairs=40, test_pairs=8))
     for stage in ("stage1", "stage2"):
         (tmp_path / f"short-{stage}.yaml").write_text("model: tiny\nseq_length: 512\ntrain_iters: 2\nglobal_batch_size: 4\n")
-    command = [sys.executable, "-m", "gram_engine.quickstart", "--data", train, "--eval-data", test, "--nproc-per-node", 1]
+    command = [sys.executable, "-m", "gram_engine.reproduce.quickstart", "--data", train, "--eval-data", test]
+    command += ["--nproc-per-node", 1]
     command += ["--settings", tmp_path / "short", "--vocab-size", 600, "--output-dir", tmp_path / "out"]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr
@@ -28,7 +29,7 @@ def test_own_data_goes_all_the_way_to_a_report(tmp_path):
 
 
 def test_training_data_without_held_out_data_is_refused():
-    command = [sys.executable, "-m", "gram_engine.quickstart", "--data", "pairs.jsonl"]
+    command = [sys.executable, "-m", "gram_engine.reproduce.quickstart", "--data", "pairs.jsonl"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "--data and --eval-data go together" in done.stderr

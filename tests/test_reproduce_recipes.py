@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gram_engine import demo
+from gram_engine.data import demo
 from gram_engine.errors import ConfigError
 from gram_engine.reproduce.data import prepare
 from gram_engine.reproduce.paper import PUBLISHED

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gram_engine.config import ModelConfig
+from gram_engine.config.schema import ModelConfig
 from gram_engine.model.rotary import cos_and_sin, inverse_frequencies, rotate
 
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -16,11 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gram_engine.checkpoint import run_lock
+from gram_engine.checkpoint.folder import TRACKER, latest_checkpoint
+from gram_engine.checkpoint.integrity import verify
+from gram_engine.checkpoint.run_lock import LOCK, RunLock, only_run_in
 from gram_engine.errors import CheckpointError, ConfigError
-from gram_engine.training import run_lock
-from gram_engine.training.checkpoint_folder import TRACKER, latest_checkpoint
-from gram_engine.training.integrity import verify
-from gram_engine.training.run_lock import LOCK, RunLock, only_run_in
 from tests.hand_made import save, with_flags
 from tests.tiny import SHAPE, tiny_config
 
@@ -306,7 +306,8 @@ def test_two_runs_on_a_folder_and_a_kill(tiny_data, tmp_path):
 
 
 def test_torchrun_starts_a_killed_run_again(tiny_data, tmp_path):
-    launcher = ("-m", "gram_engine.launch", "--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.1")
+    flags = ("--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.1")
+    launcher = ("-m", "gram_engine.training.launch", *flags)
     with started(tiny_data, tmp_path, "--save-interval", "2", "--exit-interval", "12", launcher=launcher) as run:
         read_until(run, "^step 5/")
         (record,) = (tmp_path / LOCK).iterdir()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gram_engine.config import DataConfig
+from gram_engine.config.schema import DataConfig
 from gram_engine.data.conversation import Conversation
 from gram_engine.data.dataset import PairDataset
 from gram_engine.data.inspect import InspectArguments, describe
@@ -131,8 +131,8 @@ def test_ready_made_rows_ties_and_rows_that_cannot_serve(tiny_data, tmp_path):
 
 def trained(flags):
     """Metrics of the flags' run, data and all."""
-    from gram_engine.command_line import parse
-    from gram_engine.validation import check, resolve_shape
+    from gram_engine.config.parse import parse
+    from gram_engine.config.validate import check, resolve_shape
 
     config = parse([*SHAPE.split(), "--objective", "bradley-terry", "--num-layers", "2", *flags])
     resolve_shape(config)
@@ -146,7 +146,7 @@ def test_from_rows_to_scores(pool, tiny_data, tmp_path, capsys):
 
     from gram_engine.convert import command
     from gram_engine.evaluation.evaluate import EvaluateArguments, evaluate
-    from gram_engine.scoring import score_file
+    from gram_engine.scoring import command as score_file
     from gram_engine.scoring.scorer import RewardModelScorer
 
     jsonl, folder = tiny_data["jsonl"], tmp_path / "hf"
@@ -199,8 +199,8 @@ def test_from_rows_to_scores(pool, tiny_data, tmp_path, capsys):
 
 def trained_from(flags):
     """A run whose shape is the Hugging Face folder's."""
-    from gram_engine.command_line import parse
-    from gram_engine.validation import resolve_shape
+    from gram_engine.config.parse import parse
+    from gram_engine.config.validate import resolve_shape
 
     config = parse(["--objective", "bradley-terry", "--seq-length", "192", "--global-batch-size", "8", *flags])
     resolve_shape(config)

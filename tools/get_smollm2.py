@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""See `python tools/get_smollm2.py --help`; the code is in gram_engine.smollm2."""
+"""See `python tools/get_smollm2.py --help`; the code is in gram_engine.hf.smollm2."""
 
-from gram_engine.smollm2 import main
+from gram_engine.hf.smollm2 import main
 
 if __name__ == "__main__":
     main()

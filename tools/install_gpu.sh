@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 bash tools/make_venv.sh "$venv"
-exec "$venv/bin/python" -m gram_engine.gpu_install "$@"
+exec "$venv/bin/python" -m gram_engine.install.gpu "$@"

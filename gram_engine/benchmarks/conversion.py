@@ -18,11 +18,11 @@ import tyro
 
 from gram_engine.benchmarks.measure import Row, add_ratios, describe, table, write_json
 from gram_engine.benchmarks.random_model import model_of, write_random_folder
-from gram_engine.command_line import fail
-from gram_engine.config import ModelConfig
-from gram_engine.convert.hf_folder import HuggingFaceFolder
+from gram_engine.config.parse import fail
+from gram_engine.config.schema import ModelConfig
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import CheckpointError, GramError
+from gram_engine.hf.folder import HuggingFaceFolder
 
 COPY = "copy of the files"
 

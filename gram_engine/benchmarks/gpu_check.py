@@ -29,9 +29,9 @@ import tyro
 from gram_engine.benchmarks.measure import versions
 from gram_engine.benchmarks.offline import differences
 from gram_engine.benchmarks.page import RESULTS, write_page, write_page_of
-from gram_engine.command_line import fail
+from gram_engine.config.parse import fail
 from gram_engine.errors import ConfigError, GramError
-from gram_engine.fileio import write_atomically
+from gram_engine.files import write_atomically
 
 ROOT = Path(__file__).parents[2]
 KERNEL_TESTS = ("tests/test_pair_loss.py", "tests/test_kernels_cross_entropy.py", "tests/test_linear_cross_entropy.py")

@@ -19,7 +19,7 @@ from torch import Tensor
 from gram_engine import platform as platforms
 from gram_engine.benchmarks.measure import Row, add_ratios, describe, measure, table, write_json
 from gram_engine.benchmarks.steps import single_process, step_rows
-from gram_engine.command_line import fail
+from gram_engine.config.parse import fail
 from gram_engine.errors import ConfigError, GramError
 from gram_engine.kernels import linear_cross_entropy, pair_loss
 from gram_engine.kernels.dispatch import name_of

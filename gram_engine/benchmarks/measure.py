@@ -17,7 +17,7 @@ from typing import Any, Callable
 
 import torch
 
-from gram_engine.fileio import write_atomically
+from gram_engine.files import write_atomically
 
 MEMORY_FLOOR = 1 << 20
 """Bytes; less than this cannot be told apart on a CPU, so smaller peaks count as this much in ratios."""

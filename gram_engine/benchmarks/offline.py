@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from gram_engine.gpu_install import compute_capabilities, installed, stop
-from gram_engine.pins import PYTHONS, ROOT, pins
+from gram_engine.install.gpu import compute_capabilities, installed, stop
+from gram_engine.install.pins import PYTHONS, ROOT, pins
 
 WHEELS = Path(os.environ.get("WHEELS", ROOT / ".whl"))
 CARRIED = ("megatron-core", "tyro", "docstring-parser", "typeguard")

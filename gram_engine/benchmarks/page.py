@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gram_engine.benchmarks.measure import Row, table
-from gram_engine.fileio import write_atomically
+from gram_engine.files import write_atomically
 
 FOLDER = Path(__file__).parents[2] / "tools" / "benchmarks"
 RESULTS = FOLDER / "results"

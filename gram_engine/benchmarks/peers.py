@@ -27,11 +27,11 @@ from gram_engine.benchmarks.peer_trainers import padded_batches, transformers_st
 from gram_engine.benchmarks.random_model import write_random_folder
 from gram_engine.benchmarks.throughput import OBJECTIVES, VOCABULARY, in_words, timed_steps
 from gram_engine.benchmarks.workload import write_workload
-from gram_engine.command_line import fail, parse
-from gram_engine.config import Config
+from gram_engine.config.parse import fail, parse
+from gram_engine.config.schema import Config
+from gram_engine.config.validate import check, resolve_shape
 from gram_engine.errors import GramError
 from gram_engine.training.main import hush_known_warnings
-from gram_engine.validation import check, resolve_shape
 
 BASELINE = "transformers + AdamW, padded, all logits"
 TRL = "TRL SFTTrainer"
@@ -223,12 +223,12 @@ def _our_steps(
     options: Benchmark, stage: str, folder: str, prefix: str, flags: tuple[str, ...], packed: bool, *group
 ) -> Result:
     from gram_engine.benchmarks.steps import process_groups
-    from gram_engine.training.flops import step_flops
+    from gram_engine.planning.flops import step_flops
     from gram_engine.training.initialise import PreparedData
 
     config, platform = _config(options, stage, folder, prefix, flags), platforms.initialise()
     with process_groups(platform.device, *group), PeakMemory(platform.device, exact=False) as peak:
-        from gram_engine.training.loop import Trainer
+        from gram_engine.training.trainer import Trainer
 
         trainer = Trainer(config, platform, PreparedData(prefix, None, config.model.vocab_size))
         if not packed:

@@ -19,10 +19,10 @@ import tyro
 from gram_engine.benchmarks.measure import Row, add_ratios, describe, table, write_json
 from gram_engine.benchmarks.soak import make_files
 from gram_engine.benchmarks.throughput import OBJECTIVES, VOCABULARY, running_trainer
-from gram_engine.command_line import fail, parse
-from gram_engine.config import Config, is_main_process
+from gram_engine.config.parse import fail, parse
+from gram_engine.config.schema import Config, is_main_process
+from gram_engine.config.validate import check, resolve_shape
 from gram_engine.errors import GramError
-from gram_engine.validation import check, resolve_shape
 
 
 @dataclass

@@ -30,12 +30,12 @@ import torch.distributed.checkpoint as dcp
 import tyro
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from gram_engine import demo
 from gram_engine.benchmarks.measure import write_json
-from gram_engine.command_line import fail
+from gram_engine.checkpoint.folder import latest_checkpoint
+from gram_engine.config.parse import fail
+from gram_engine.data import demo
+from gram_engine.data.train_tokenizer import TokenizerConfig, train_tokenizer
 from gram_engine.errors import GramError
-from gram_engine.train_tokenizer import TokenizerConfig, train_tokenizer
-from gram_engine.training.checkpoint_folder import latest_checkpoint
 
 STEP = re.compile(r"step (\d+)/")
 SILENCE_SECONDS = 240
@@ -131,7 +131,8 @@ def train(config: SoakConfig, files: list[str], save: Path, faults: int) -> Run:
     # Faults are spread over the run: each comes at a step of its own part.
     due = [int((part + draw.random()) * config.steps / (faults + 1)) + 1 for part in range(faults)]
     command = [
-        *(sys.executable, "-m", "gram_engine.launch", "examples/finetune_gram.sh", "--nproc-per-node", str(config.processes)),
+        *(sys.executable, "-m", "gram_engine.training.launch", "examples/finetune_gram.sh"),
+        *("--nproc-per-node", str(config.processes)),
         *("--max-restarts", str(faults), "--monitor-interval", "0.1", *SHAPE, *files, "--train-iters", str(config.steps)),
         *("--save", str(save), "--save-interval", str(config.save_interval), "--load", str(save)),
     ]

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from gram_engine import platform as platforms
 from gram_engine.benchmarks.measure import Row, add_ratios, describe, measure
-from gram_engine.command_line import parse
-from gram_engine.config import Config
-from gram_engine.validation import resolve_shape
+from gram_engine.config.parse import parse
+from gram_engine.config.schema import Config
+from gram_engine.config.validate import resolve_shape
 
 LABEL_IDS = (32, 33)
 VARIANTS = {

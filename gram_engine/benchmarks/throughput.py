@@ -16,11 +16,11 @@ import tyro
 from gram_engine import platform as platforms
 from gram_engine.benchmarks.measure import PeakMemory, Row, describe, table, write_json
 from gram_engine.benchmarks.workload import write_workload
-from gram_engine.command_line import fail, parse
-from gram_engine.config import Config, is_main_process, world_size
+from gram_engine.config.parse import fail, parse
+from gram_engine.config.schema import Config, is_main_process, world_size
+from gram_engine.config.validate import check, resolve_shape
 from gram_engine.errors import GramError
 from gram_engine.training.main import hush_known_warnings
-from gram_engine.validation import check, resolve_shape
 
 VOCABULARY = 128256
 OBJECTIVES = {"1": "response-lm", "2": "pair-preference"}
@@ -90,7 +90,7 @@ def running_trainer(config: Config, own_data: bool, stretch: float) -> Iterator[
         start_model_parallel,
         start_processes,
     )
-    from gram_engine.training.loop import Trainer
+    from gram_engine.training.trainer import Trainer
 
     check_gpu(config, platform)
     start_processes(config, platform)
@@ -130,7 +130,7 @@ def timed_steps(trainer, warmup: int, steps: int) -> tuple[list[float], list, fl
 
 
 def _row(options: Benchmark, config: Config, seconds: list[float], batches: list, peak: int | None) -> Row:
-    from gram_engine.training.flops import step_flops
+    from gram_engine.planning.flops import step_flops
 
     platform, parallel, model = platforms.initialise(config.parallel.device), config.parallel, config.model
     middle = statistics.median(seconds)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Optional
 
 import tyro
 
-from gram_engine.command_line import fail
+from gram_engine.config.parse import fail
 from gram_engine.errors import ConfigError, GramError
 
 

@@ -12,17 +12,7 @@ from typing import Iterator, Optional
 import torch
 from torch import Tensor
 
-from gram_engine.config import Config
-from gram_engine.convert.companions import CAUSAL_LM, PAIR_LOGIT, SCALAR, label_ids_of, read_evaluation, write_companions
-from gram_engine.convert.hf_folder import HuggingFaceFolder
-from gram_engine.convert.jobs import Job, check_room, head_key, in_files, run_jobs
-from gram_engine.convert.mapping import INDEX, OUTPUT, SCORE, SINGLE, rules
-from gram_engine.convert.merge_lora import merged_tensor
-from gram_engine.convert.safetensors_file import SafetensorsWriter
-from gram_engine.convert.torch_dist import TorchDistCheckpoint
-from gram_engine.errors import CheckpointError, ConfigError
-from gram_engine.fileio import write_atomically
-from gram_engine.training.checkpoint_folder import (
+from gram_engine.checkpoint.folder import (
     DATA_MANIFEST,
     RUN_CONFIG,
     TEMPLATE,
@@ -30,7 +20,17 @@ from gram_engine.training.checkpoint_folder import (
     latest_checkpoint,
     run_config_of,
 )
-from gram_engine.training.integrity import DamagedCheckpoint, verify
+from gram_engine.checkpoint.integrity import DamagedCheckpoint, verify
+from gram_engine.checkpoint.torch_dist import TorchDistCheckpoint
+from gram_engine.config.schema import Config
+from gram_engine.convert.jobs import Job, check_room, head_key, in_files, run_jobs
+from gram_engine.convert.merge_lora import merged_tensor
+from gram_engine.convert.metadata_files import CAUSAL_LM, PAIR_LOGIT, SCALAR, label_ids_of, read_evaluation, write_companions
+from gram_engine.errors import CheckpointError, ConfigError
+from gram_engine.files import write_atomically
+from gram_engine.hf.folder import HuggingFaceFolder
+from gram_engine.hf.mapping import INDEX, OUTPUT, SCORE, SINGLE, rules
+from gram_engine.hf.safetensors_file import SafetensorsWriter
 
 
 def export_hf(

@@ -13,19 +13,19 @@ from typing import Iterator, Optional
 import torch
 from torch import Tensor
 
-from gram_engine.config import Config
-from gram_engine.convert.hf_folder import HuggingFaceFolder
+from gram_engine.checkpoint.folder import iteration_folder, publish, write_companions
+from gram_engine.checkpoint.integrity import seal
+from gram_engine.checkpoint.torch_dist import Key, TorchDistCheckpoint, describe, write_file, write_metadata
+from gram_engine.config.schema import Config
+from gram_engine.config.validate import resolve_shape
 from gram_engine.convert.jobs import Job, check_room, in_files, run_jobs
-from gram_engine.convert.mapping import rules
-from gram_engine.convert.torch_dist import Key, TorchDistCheckpoint, describe, write_file, write_metadata
 from gram_engine.data.samples import label_ids
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import CheckpointError, ConfigError
-from gram_engine.fileio import write_atomically
-from gram_engine.training.checkpoint_folder import iteration_folder, publish, write_companions
-from gram_engine.training.integrity import seal
-from gram_engine.validation import resolve_shape
+from gram_engine.files import write_atomically
+from gram_engine.hf.folder import HuggingFaceFolder
+from gram_engine.hf.mapping import rules
 
 LINEAR = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}

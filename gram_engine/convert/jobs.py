@@ -13,10 +13,10 @@ from typing import Any, Callable, Iterator, Sequence
 import torch
 from tqdm import tqdm
 
-from gram_engine.config import ModelConfig
-from gram_engine.convert.mapping import EMBEDDING, OUTPUT, SCORE, Rule, rules
-from gram_engine.convert.torch_dist import Key
+from gram_engine.checkpoint.torch_dist import Key
+from gram_engine.config.schema import ModelConfig
 from gram_engine.errors import ConfigError
+from gram_engine.hf.mapping import EMBEDDING, OUTPUT, SCORE, Rule, rules
 
 MAX_FILE_BYTES = 1024**3
 """Files are about this large: the unit of work and of progress."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gram_engine.config import ModelConfig
-from gram_engine.convert.torch_dist import TorchDistCheckpoint
+from gram_engine.checkpoint.torch_dist import TorchDistCheckpoint
+from gram_engine.config.schema import ModelConfig
 
 
 def merged_tensor(checkpoint: TorchDistCheckpoint, key: str, layer: int | None, model: ModelConfig) -> Tensor:

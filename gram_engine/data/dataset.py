@@ -18,7 +18,7 @@ import numpy as np
 
 from gram_engine.data.integrity import AGAIN, check_files, check_index, check_seal
 from gram_engine.errors import DataError
-from gram_engine.fileio import read_json
+from gram_engine.files import read_json
 
 FORMAT_VERSION = 2
 """2: with checksums. Data of version 1 is refused: making it again takes less time than training on damaged tokens."""

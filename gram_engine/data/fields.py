@@ -6,7 +6,7 @@ import math
 from itertools import combinations
 from typing import Any, Optional, Sequence
 
-from gram_engine.config import DataConfig
+from gram_engine.config.schema import DataConfig
 from gram_engine.data.schema import Pair, ResponseList, Verbatim, dialogue_text, message_of
 
 PROMPT_NAMES = ("prompt", "question", "instruction", "query", "context", "messages", "conversations", "conversation", "input")

@@ -9,7 +9,7 @@ from typing import Iterator
 import torch
 import tyro
 
-from gram_engine.command_line import fail
+from gram_engine.config.parse import fail
 from gram_engine.data.dataset import PairDataset
 from gram_engine.data.loader import PackedBatch, PackedLoader
 from gram_engine.data.tokenizer import Tokenizer

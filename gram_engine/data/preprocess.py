@@ -21,8 +21,8 @@ from typing import Any, Iterable, Iterator, Optional, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from gram_engine.command_line import fail, parse
-from gram_engine.config import Config, DataConfig
+from gram_engine.config.parse import fail, parse
+from gram_engine.config.schema import Config, DataConfig
 from gram_engine.data.conversation import Conversation
 from gram_engine.data.dataset import FORMAT_VERSION, SAMPLE_DTYPE, PairDataset
 from gram_engine.data.readers import OnReject, read_rows
@@ -45,7 +45,7 @@ from gram_engine.data.template import DEFAULT_TEMPLATE, JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.data.writer import Chunk, DatasetWriter, RejectsFile
 from gram_engine.errors import ConfigError, DataError, GramError, one_line
-from gram_engine.fileio import locked
+from gram_engine.files import locked
 
 logger = logging.getLogger(__name__)
 

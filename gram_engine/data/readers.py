@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional, Sequence, TypeVar
 
-from gram_engine.config import DataConfig
+from gram_engine.config.schema import DataConfig
 from gram_engine.data.fields import BadRow, row_to_samples
 from gram_engine.data.schema import Pair, Verbatim
 from gram_engine.data.sources import absent, hub_rows, is_hub_name, source_is_there

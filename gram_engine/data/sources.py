@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from gram_engine.errors import DataError
-from gram_engine.fileio import sha256_of_file
+from gram_engine.files import sha256_of_file
 
 HUB = "hf:"
 

@@ -18,7 +18,7 @@ import yaml
 
 from gram_engine.data.schema import is_unicode
 from gram_engine.errors import ConfigError
-from gram_engine.fileio import read_yaml
+from gram_engine.files import read_yaml
 
 Span = tuple[int, int]
 """Half-open range of characters, or of tokens."""

@@ -13,7 +13,7 @@ import numpy as np
 from gram_engine.data.dataset import indexed_dataset_module
 from gram_engine.data.integrity import ENDINGS, describe_files, sealed
 from gram_engine.errors import DataError
-from gram_engine.fileio import fsync, write_atomically
+from gram_engine.files import fsync, write_atomically
 
 
 @dataclass

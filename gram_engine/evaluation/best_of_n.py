@@ -17,16 +17,16 @@ from typing import Any, Iterator, Optional, Sequence
 import numpy as np
 import tyro
 
-from gram_engine.command_line import fail
-from gram_engine.config import DataConfig
+from gram_engine.config.parse import fail
+from gram_engine.config.schema import DataConfig
 from gram_engine.data.fields import BadRow, row_to_list, row_to_samples
 from gram_engine.data.readers import read_items
 from gram_engine.data.schema import Pair
 from gram_engine.errors import ConfigError, DataError, GramError
-from gram_engine.evaluation.page import BLUE, Block, Plot, Table, new_figure, png_of, write_document
+from gram_engine.evaluation.document import BLUE, Block, Plot, Table, new_figure, png_of, write_document
 from gram_engine.evaluation.statistics import resampling_weights
-from gram_engine.fileio import write_atomically
-from gram_engine.scoring.score_file import RankArguments, rank_file
+from gram_engine.files import write_atomically
+from gram_engine.scoring.command import RankArguments, rank_file
 from gram_engine.scoring.scorer import Dtype
 
 REPEATS = 2000

@@ -13,12 +13,12 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from gram_engine.command_line import fail
+from gram_engine.config.parse import fail
 from gram_engine.errors import ConfigError, GramError
 from gram_engine.evaluation.report import write_report
 from gram_engine.evaluation.statistics import describe, rewards_of
 from gram_engine.evaluation.suites import SUITES, Game, read_games
-from gram_engine.fileio import write_atomically
+from gram_engine.files import write_atomically
 from gram_engine.scoring.resumable import ResumableLines, origin
 from gram_engine.scoring.scorer import Dtype, RewardModelScorer
 

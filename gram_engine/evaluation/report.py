@@ -9,10 +9,10 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from gram_engine.evaluation.page import BLUE, GREY, ORANGE, image, new_figure, page, png_of
+from gram_engine.evaluation.document import BLUE, GREY, ORANGE, image, new_figure, page, png_of
 from gram_engine.evaluation.statistics import reliability
 from gram_engine.evaluation.suites import STYLES, Game, style_matrix
-from gram_engine.fileio import write_atomically
+from gram_engine.files import write_atomically
 
 MISTAKES, SHOWN_CHARACTERS = 10, 600
 COLUMNS = {

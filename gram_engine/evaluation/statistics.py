@@ -8,7 +8,7 @@ from typing import Any, Sequence
 import numpy as np
 
 from gram_engine.evaluation.suites import Game
-from gram_engine.scoring.metrics import sigmoid
+from gram_engine.metrics import sigmoid
 
 BINS = 10
 

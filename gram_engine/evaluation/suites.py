@@ -15,7 +15,7 @@ from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 
-from gram_engine.config import DataConfig
+from gram_engine.config.schema import DataConfig
 from gram_engine.data.fields import MOST_RANKED, BadRow, row_to_samples
 from gram_engine.data.readers import read_items
 from gram_engine.data.schema import Pair, is_unicode

@@ -19,7 +19,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from gram_engine.config import Config
+from gram_engine.config.schema import Config
 from gram_engine.errors import ConfigError
 from gram_engine.model.attention import transformer_engine_attention
 from gram_engine.model.label_rows import DeferredRMSNorm, label_row_layer_spec

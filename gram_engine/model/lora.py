@@ -32,7 +32,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from gram_engine.config import ModelConfig
+from gram_engine.config.schema import ModelConfig
 from gram_engine.errors import CheckpointError
 from gram_engine.platform.stack import mlp_submodules
 

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from gram_engine.config import ModelConfig
-from gram_engine.model.presets import ROPE_SCALING
+from gram_engine.config.schema import ModelConfig
+from gram_engine.model.shapes import ROPE_SCALING
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:

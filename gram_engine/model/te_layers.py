@@ -11,7 +11,7 @@ from typing import ContextManager
 
 import torch
 
-from gram_engine.config import Config
+from gram_engine.config.schema import Config
 from gram_engine.errors import ConfigError
 from gram_engine.platform import Platform
 from gram_engine.platform.stack import check_transformer_engine

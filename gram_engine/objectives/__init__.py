@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from gram_engine.config import Config
+from gram_engine.config.schema import Config
 from gram_engine.kernels.dispatch import name_of
 from gram_engine.objectives.base import Objective, ObjectiveOutput
 from gram_engine.objectives.bradley_terry import BradleyTerry

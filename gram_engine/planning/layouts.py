@@ -8,12 +8,12 @@ import math
 from dataclasses import dataclass
 from typing import Iterator, Literal, Optional
 
-from gram_engine.config import Config, ModelConfig
+from gram_engine.config.schema import Config, ModelConfig
 from gram_engine.errors import ConfigError
+from gram_engine.planning.flops import passes
 from gram_engine.planning.memory import GIB, GPU, Engine, Memory, Pack, peak_memory
+from gram_engine.planning.pipeline_balance import Work
 from gram_engine.planning.timing import Batch, Hardware, StepTime, forward_flops, step_time
-from gram_engine.training.flops import passes
-from gram_engine.training.pipeline_balance import Work
 
 MICRO_BATCHES = (1, 2, 4, 8)
 NEARLY = 1.02

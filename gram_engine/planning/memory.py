@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from gram_engine.config import Config
+from gram_engine.config.schema import Config
 from gram_engine.kernels.linear_cross_entropy import LOGITS_BYTES
-from gram_engine.training.pipeline_balance import stage_layers
+from gram_engine.planning.pipeline_balance import stage_layers
 
 GIB = 1 << 30
 

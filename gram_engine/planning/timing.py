@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from gram_engine.config import Config
+from gram_engine.config.schema import Config
+from gram_engine.planning.flops import head_flops, last_layer_flops, layer_flops, passes
 from gram_engine.planning.memory import GPU, Engine, trained_count
-from gram_engine.training.flops import head_flops, last_layer_flops, layer_flops, passes
-from gram_engine.training.pipeline_balance import Work, stage_costs, stage_layers
+from gram_engine.planning.pipeline_balance import Work, stage_costs, stage_layers
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def _version(package: str) -> str | None:
 
 def adapt_megatron() -> None:
     """Replace what the engine needs otherwise inside megatron-core. Once a process, after the device is chosen."""
-    from gram_engine.training.adamw import register_as_megatron_adam
+    from gram_engine.platform.adamw import register_as_megatron_adam
 
     register_as_megatron_adam()
     _match_groups_by_multipliers()

@@ -12,7 +12,7 @@ import numpy as np
 from gram_engine.evaluation.statistics import resampling_weights
 from gram_engine.evaluation.suites import read_games
 from gram_engine.reproduce.plan import Plan
-from gram_engine.scoring.score_file import line_metrics
+from gram_engine.scoring.command import line_metrics
 
 REPEATS = 2000
 

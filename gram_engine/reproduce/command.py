@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 
 import tyro
 
-from gram_engine.command_line import fail
+from gram_engine.config.parse import fail
 from gram_engine.errors import ConfigError, GramError
 from gram_engine.reproduce.collect import collect
 from gram_engine.reproduce.plan import Plan, make_plan

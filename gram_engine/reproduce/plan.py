@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-from gram_engine.command_line import flag_words
+from gram_engine.config.parse import flag_words
 from gram_engine.data.sources import source_fingerprint
 from gram_engine.errors import ConfigError
 from gram_engine.reproduce.data import content_hash, fingerprint, prepare

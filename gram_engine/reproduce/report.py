@@ -11,8 +11,8 @@ from typing import Any, Iterator, Mapping, Optional, Sequence
 import numpy as np
 
 from gram_engine.evaluation.best_of_n import kl_of
-from gram_engine.evaluation.page import GREY, Block, Heading, Plot, Table, new_figure, png_of, write_document
-from gram_engine.fileio import write_atomically
+from gram_engine.evaluation.document import GREY, Block, Heading, Plot, Table, new_figure, png_of, write_document
+from gram_engine.files import write_atomically
 from gram_engine.reproduce.collect import Results
 from gram_engine.reproduce.compare import KINDS, VERDICTS, compare
 from gram_engine.reproduce.plan import Plan

@@ -19,9 +19,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Mapping, Optional
 
-from gram_engine.command_line import parse
+from gram_engine.config.parse import parse
 from gram_engine.errors import ConfigError
-from gram_engine.fileio import write_atomically
+from gram_engine.files import write_atomically
 from gram_engine.reproduce.plan import Job
 from gram_engine.training.stopping import LEAVING
 

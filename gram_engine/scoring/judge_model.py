@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gram_engine.config import ModelConfig
-from gram_engine.convert.hf_folder import HuggingFaceFolder
-from gram_engine.convert.mapping import EMBEDDING, LAYER, OUTPUT, SCORE, rules
+from gram_engine.config.schema import ModelConfig
 from gram_engine.errors import CheckpointError, ConfigError
+from gram_engine.hf.folder import HuggingFaceFolder
+from gram_engine.hf.mapping import EMBEDDING, LAYER, OUTPUT, SCORE, rules
 from gram_engine.kernels.attention import AttentionBounds, packed_attention, to_device
-from gram_engine.model.presets import shape_from_hf
 from gram_engine.model.rotary import cos_and_sin, inverse_frequencies, rotate
+from gram_engine.model.shapes import shape_from_hf
 from gram_engine.scoring.token_tree import TokenTree
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, Iterable
 
-from gram_engine.fileio import sha256_of_file, write_atomically
+from gram_engine.files import sha256_of_file, write_atomically
 
 
 class ResumableLines:

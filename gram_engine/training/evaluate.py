@@ -8,8 +8,8 @@ import torch
 
 from gram_engine.data.dataset import PairDataset
 from gram_engine.data.loader import PackedLoader
+from gram_engine.metrics import pair_metrics
 from gram_engine.objectives import Objective
-from gram_engine.scoring.metrics import pair_metrics
 from gram_engine.training.step import run_schedule, sum_over_processes, summed_stats
 
 

@@ -5,7 +5,7 @@ A frozen weight has no gradient, no gradient buffer and no optimizer state: DDP 
 
 from __future__ import annotations
 
-from gram_engine.config import Config
+from gram_engine.config.schema import Config
 from gram_engine.model.reward_model import RewardModel
 from gram_engine.model.scalar_head import SCALAR_HEAD
 

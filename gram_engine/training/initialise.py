@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.distributed.rendezvous import rendezvous
 
-from gram_engine.config import Config, is_main_process, restarts, world_size
+from gram_engine.config.schema import Config, is_main_process, restarts, world_size
 from gram_engine.data.dataset import PairDataset
 from gram_engine.data.preprocess import ensure_preprocessed
 from gram_engine.data.samples import label_ids

@@ -6,10 +6,10 @@ import sys
 import warnings
 from pathlib import Path
 
-from gram_engine.command_line import fail, parse
-from gram_engine.config import Config, is_main_process, restarts
+from gram_engine.config.parse import fail, parse
+from gram_engine.config.schema import Config, is_main_process, restarts
+from gram_engine.config.validate import check, resolve_shape
 from gram_engine.errors import GramError
-from gram_engine.validation import check, resolve_shape
 
 PRETRAIN_DEFAULTS = ("--objective", "response-lm", "--lr", "2e-5")
 FINETUNE_DEFAULTS = ("--objective", "pair-preference", "--lr", "1e-5")
@@ -43,7 +43,7 @@ def main(argv: list[str] | None, prog: str, defaults: tuple[str, ...]) -> None:
 
 def _go_on_after_restart(config: Config) -> None:
     """Started again by torchrun after a process died: resume from what this run has saved, if it has."""
-    from gram_engine.training.checkpoint_folder import TRACKER
+    from gram_engine.checkpoint.folder import TRACKER
 
     save = config.checkpoint.save
     if restarts() and save and (Path(save) / TRACKER).is_file():
@@ -62,13 +62,13 @@ def run(config: Config) -> dict[str, float]:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
+    from gram_engine.checkpoint.run_lock import only_run_in
     from gram_engine.model.te_layers import check_gpu, start_userbuffers
     from gram_engine.objectives import describe_losses
+    from gram_engine.planning.pipeline_balance import Work, balance_report
     from gram_engine.training.initialise import complete_vocabulary, prepare_data, start_model_parallel, start_processes
-    from gram_engine.training.loop import Trainer
-    from gram_engine.training.pipeline_balance import Work, balance_report
     from gram_engine.training.reporting import log
-    from gram_engine.training.run_lock import only_run_in
+    from gram_engine.training.trainer import Trainer
 
     check_gpu(config, platform)
     losses = describe_losses(config, platform.device)

@@ -13,7 +13,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 from torch.nn import Module
 
-from gram_engine.config import Config
+from gram_engine.config.schema import Config
 from gram_engine.objectives import Objective
 
 

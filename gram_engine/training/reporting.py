@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 
 from tqdm import tqdm
 
-from gram_engine.config import Config, is_main_process, world_size
+from gram_engine.config.schema import Config, is_main_process, world_size
 from gram_engine.errors import ConfigError
+from gram_engine.log import redact
 from gram_engine.platform import Platform
-from gram_engine.redact import redact
 
 
 def log(message: str) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from gram_engine.benchmarks.throughput import OBJECTIVES
 from gram_engine.benchmarks.workload import write_workload
-from gram_engine.command_line import parse
-from gram_engine.validation import check, resolve_shape
+from gram_engine.config.parse import parse
+from gram_engine.config.validate import check, resolve_shape
 
 SHAPE = (
     "--num-layers 4 --hidden-size 256 --ffn-hidden-size 768 --num-attention-heads 4 --num-query-groups 2 --seq-length 1024 "
@@ -18,7 +18,7 @@ def trainer_of(platform, stage: str, flags: str, data: dict | None = None):
     """A Trainer of stage "1" or "2" in the process groups that are up; with `data` (fixture tiny_data) it can save."""
     from gram_engine.model.te_layers import check_gpu
     from gram_engine.training.initialise import PreparedData
-    from gram_engine.training.loop import Trainer
+    from gram_engine.training.trainer import Trainer
 
     config = parse([*SHAPE.split(), "--objective", OBJECTIVES[stage], *flags.split()])
     resolve_shape(config)

@@ -1,0 +1,178 @@
+"""One checkpoint on its way to disk: megatron-core plans which process writes what, here it is written.
+
+megatron-core's own writing is left out because faults make it hang: it waits without limit for writers that were killed, and
+one process that meets a full disk between two collectives leaves the others waiting.  Here each process, or one it forks,
+writes its shards alone and leaves a receipt beside them; with all receipts there, the main process completes the folder
+without a word to the others.  Only planning needs every process, and nothing is written before it is done.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import pickle
+import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
+
+from gram_engine.checkpoint.folder import publish
+from gram_engine.checkpoint.integrity import SummedFile, seal
+from gram_engine.errors import CheckpointError, GramError
+from gram_engine.files import write_atomically
+from gram_engine.platform.stack import StoredObject, plan_checkpoint
+
+RECEIPT = "receipt_{:05d}.pickle"
+SPARE_BYTES = 64 << 20
+"""Room for what is not in shards: tokenizer, .metadata, headers."""
+RECEIPT_SECONDS = 60.0
+"""How long another node's receipt may take to be seen here."""
+
+
+class Writing:
+    """One checkpoint from its plan to its publication. Every process makes one, together."""
+
+    def __init__(self, sharded_state: dict, temporary: Path, final: Path):
+        """Plan who writes what (collective). `sharded_state` is what megatron-core's dist_checkpointing.save takes."""
+        self.temporary, self.final = temporary, final
+        sharded, self.common = save_preprocess(sharded_state)
+        self.writer, self.metadata = plan_checkpoint(sharded, temporary)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.background: Background | None = None
+
+    def check_room(self, total_bytes: int) -> None:
+        """Refuse to begin where the disk is too full for `total_bytes`, the sum of every process's `nbytes`.
+
+        Raises:
+            CheckpointError: with what is needed and what is free.
+        """
+        needed, free = total_bytes + SPARE_BYTES, shutil.disk_usage(self.temporary.parent).free
+        if free < needed:
+            raise CheckpointError(
+                f"{self.final}: {needed / 1e9:.2f} GB are needed, {self.temporary.parent} has {free / 1e9:.2f} GB free. "
+                "Nothing was written, older checkpoints stay. Make room, keep fewer with --keep-last, or give another --save."
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this process's tensors and objects."""
+        contents = [part for _, _, parts in self.writer.write_buckets for part in (*parts[0], *parts[1])]
+        return sum(data.nbytes if isinstance(data, torch.Tensor) else len(data.getbuffer()) for _, data in contents)
+
+    def write(self, write_companions: Callable[[Path], None], in_background: bool) -> None:
+        """Write this process's files: its shards, and on the main process what lies beside them."""
+        buckets = self.writer.preload_tensors(self.writer.write_buckets)
+        self.writer.write_buckets = []  # the copies in `buckets` are enough
+        write = lambda: self._write(buckets, write_companions)  # noqa: E731
+        if in_background:
+            self.background = Background(write)
+        else:
+            write()
+
+    def _write(self, buckets: list, write_companions: Callable[[Path], None]) -> None:
+        if self.rank == 0:
+            write_companions(self.temporary)
+            with SummedFile(self.temporary / "common.pt") as file:
+                torch.save(self.common, file)
+        with ThreadPoolExecutor(max(1, len(buckets))) as pool:
+            written = list(pool.map(self._write_bucket, buckets))
+        receipt = {
+            "results": [result for results, _ in written for result in results],
+            "files": {name: entry for (_, name, _), (_, entry) in zip(buckets, written)},
+        }
+        with write_atomically(self.temporary / RECEIPT.format(self.rank), "wb") as handle:
+            pickle.dump(receipt, handle)
+
+    def _write_bucket(self, bucket: tuple) -> tuple[list, dict]:
+        path, name, (objects, tensors) = bucket
+        transforms, form = self.writer.transforms, SerializationFormat.TORCH_SAVE
+        with SummedFile(path) as file:
+            contents = (*((item, StoredObject(data.getvalue())) for item, data in objects), *tensors)
+            results = [_write_item(transforms, file, data, item, name, form) for item, data in contents]
+        return results, file.entry
+
+    def running(self) -> bool:
+        """Whether this process's files are still being written."""
+        return self.background is not None and self.background.running()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Until this process's files are written.
+
+        Raises:
+            OSError: they could not be, or not within `seconds`.
+        """
+        if self.background is not None:
+            self.background.wait(seconds)
+
+    def complete(self) -> None:
+        """Main process: add what follows from all shards, bring the folder to disk, and give it its name."""
+        paths = [self.temporary / RECEIPT.format(rank) for rank in range(self.world_size)]
+        _wait_for(paths)
+        receipts = [pickle.loads(path.read_bytes()) for path in paths]
+        self.writer.finish(self.metadata, [receipt["results"] for receipt in receipts])
+        save_config(CheckpointingConfig("torch_dist", 1), str(self.temporary))
+        for path in paths:
+            path.unlink()
+        seal(self.temporary, {name: entry for receipt in receipts for name, entry in receipt["files"].items()})
+        publish(self.temporary, self.final)
+
+
+def _wait_for(paths: list[Path]) -> None:
+    deadline = time.monotonic() + RECEIPT_SECONDS
+    for path in paths:
+        while not path.is_file():
+            if time.monotonic() > deadline:
+                raise CheckpointError(f"{path} did not appear within {RECEIPT_SECONDS:.0f} s: is the folder seen by all nodes?")
+            time.sleep(0.1)
+
+
+class Background:
+    """act() in a forked process, which sees this process's memory as it is now."""
+
+    def __init__(self, act: Callable[[], None]):
+        context = multiprocessing.get_context("fork")
+        self.answer, ours = context.Pipe(duplex=False)
+        self.process = context.Process(target=_in_background, args=(act, ours), name="checkpoint writer")
+        self.process.start()
+        ours.close()
+
+    def running(self) -> bool:
+        return self.process.is_alive()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Until it has ended.
+
+        Raises:
+            OSError: it failed, was killed, or has not ended within `seconds`.
+        """
+        if not self.answer.poll(seconds):
+            raise OSError(f"it is still being written after {seconds:.0f} s")
+        try:
+            error = self.answer.recv()
+        except EOFError:
+            error = "the process that wrote it ended early"
+        self.process.join()
+        if self.process.exitcode:
+            error = f"the process that wrote it ended with {self.process.exitcode} (-9: killed, often for want of memory)"
+        if error:
+            raise OSError(error)
+
+
+def _in_background(act: Callable[[], None], answer) -> None:
+    gc.disable()  # objects of the training process, among them CUDA tensors, are not this one's to free
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for training; this process ends by itself
+        signal.signal(number, signal.SIG_IGN)
+    error = None
+    try:
+        act()
+    except (OSError, GramError) as failure:
+        error = str(failure)
+    answer.send(error)

@@ -1,0 +1,277 @@
+"""Completes a configuration and refuses combinations that cannot work, each with the values and the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from gram_engine.config.schema import Config, ModelConfig, TrainingConfig, world_size
+from gram_engine.data.sources import absent, source_is_there
+from gram_engine.errors import ConfigError
+
+
+def resolve_shape(config: Config) -> None:
+    """Fill the model's open fields from --load-hf or --model, then from defaults; flags given by hand win over a preset.
+
+    Raises:
+        ConfigError: a field is still open, or a flag contradicts the Hugging Face folder.
+    """
+    from gram_engine.model.shapes import PRESETS, shape_from_hf
+
+    model = config.model
+    if model.load_hf:
+        for name, value in shape_from_hf(model.load_hf).items():
+            given = getattr(model, name)
+            if given is not None and given != value:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} {given} contradicts {model.load_hf}/config.json ({value}). Leave the flag out.")
+            setattr(model, name, value)
+        if config.data.tokenizer_model is None:
+            config.data.tokenizer_model = model.load_hf
+    elif model.model is not None:
+        if model.model not in PRESETS:
+            raise ConfigError(f"--model {model.model}: unknown preset. Choose one of: {', '.join(sorted(PRESETS))}.")
+        for name, value in PRESETS[model.model].items():
+            if getattr(model, name) is None:
+                setattr(model, name, value)
+    required = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+    missing = [f"--{name.replace('_', '-')}" for name in required if getattr(model, name) is None]
+    if missing:
+        raise ConfigError(f"The model's shape is open: give --model, --load-hf, or {' '.join(missing)}.")
+    fallbacks = {
+        "num_query_groups": model.num_attention_heads,
+        "kv_channels": model.hidden_size // model.num_attention_heads,
+        "max_position_embeddings": config.data.seq_length,
+        "rotary_base": 10000.0,
+        "norm_epsilon": 1e-5,
+        "untie_embeddings_and_output_weights": True,
+        "qk_layernorm": False,
+        "lora_alpha": None if model.lora_rank is None else 2.0 * model.lora_rank,
+    }
+    for name, value in fallbacks.items():
+        if getattr(model, name) is None:
+            setattr(model, name, value)
+    model.lora_modules = tuple(name for name in ModelConfig.lora_modules if name in model.lora_modules)
+
+
+def check(config: Config, data: bool = True) -> None:
+    """Refuse combinations that cannot work. Call after `resolve_shape` and before any process group starts.
+
+    Args:
+        data: whether the run reads the data that the configuration names (benchmarks make their own).
+
+    Raises:
+        ConfigError: names the values that clash and the remedy.
+    """
+    for rule in (_check_shape, _check_parallel, *([_check_data] if data else []), _check_run, check_lora):
+        for wrong, message in rule(config):
+            if wrong:
+                raise ConfigError(message)
+
+
+def _check_shape(config: Config):
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    yield heads % groups != 0, f"--num-attention-heads {heads} is not a multiple of --num-query-groups {groups}."
+    yield heads % tp != 0, (
+        f"--tensor-model-parallel-size {tp} does not divide the {heads} attention heads. "
+        f"Use a divisor of {heads}."
+    )
+    yield groups % tp != 0, (
+        f"--tensor-model-parallel-size {tp} does not divide the {groups} key/value heads (--num-query-groups). "
+        f"Use a divisor of {groups}."
+    )
+    yield model.ffn_hidden_size % tp != 0, (
+        f"--tensor-model-parallel-size {tp} does not divide --ffn-hidden-size {model.ffn_hidden_size}."
+    )
+    yield model.kv_channels % 2 != 0, f"--kv-channels {model.kv_channels} is odd: rotary embeddings turn pairs."
+
+
+def _check_parallel(config: Config):
+    parallel, layers = config.parallel, config.model.num_layers
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    cp, processes, product = parallel.context_parallel_size, world_size(), parallel.model_parallel_size
+    yield min(tp, pp, cp) < 1, f"TP {tp}, PP {pp} and CP {cp} must be at least 1."
+    yield processes % product != 0, (
+        f"{processes} processes cannot form TP {tp} x PP {pp} x CP {cp}: their number must be a multiple of {product}. "
+        f"Start torchrun with --nproc-per-node {product} (or a multiple), or lower the sizes."
+    )
+    yield cp > 1 and config.data.seq_length % (2 * cp) != 0, (
+        f"--context-parallel-size {cp} cuts every sample into {2 * cp} chunks: --seq-length {config.data.seq_length} must be "
+        f"a multiple of {2 * cp}."
+    )
+    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
+    uneven = first is not None or last is not None
+    yield not uneven and layers % pp != 0, (
+        f"--pipeline-model-parallel-size {pp} does not divide --num-layers {layers}. Use a divisor of {layers}, or give the "
+        "last stage another number with --decoder-last-pipeline-num-layers."
+    )
+    yield uneven and pp < 2, (
+        "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers need --pipeline-model-parallel-size "
+        "of at least 2."
+    )
+    yield uneven and not _layers_fit(layers, pp, first, last), (
+        f"--num-layers {layers} cannot be spread over {pp} pipeline stages with "
+        f"--decoder-first-pipeline-num-layers {first} and --decoder-last-pipeline-num-layers {last}: what these leave must "
+        "divide evenly among the other stages, at least one layer each."
+    )
+    yield uneven and parallel.num_layers_per_virtual_pipeline_stage is not None, (
+        "--num-layers-per-virtual-pipeline-stage needs equal pipeline stages: leave out "
+        "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers."
+    )
+    chunk = parallel.num_layers_per_virtual_pipeline_stage
+    if chunk is not None:
+        yield pp < 2, "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size of at least 2."
+        yield (layers // pp) % chunk != 0 or layers // pp == chunk, (
+            f"--num-layers-per-virtual-pipeline-stage {chunk} must divide the {layers // pp} layers of a stage "
+            "into at least two virtual stages."
+        )
+    yield parallel.sequence_parallel and tp == 1, "--sequence-parallel needs --tensor-model-parallel-size above 1."
+    yield parallel.tp_comm_overlap and not parallel.sequence_parallel, (
+        "--tp-comm-overlap hides the communication of sequence parallelism: add --sequence-parallel."
+    )
+    whole = dataclasses.replace(config, parallel=dataclasses.replace(parallel, tp_comm_overlap=False))
+    yield parallel.tp_comm_overlap and config.pack_tokens % whole.pack_multiple != 0, (
+        f"--tp-comm-overlap pads every micro-batch to --micro-batch-size x --seq-length = {config.pack_tokens} tokens, which "
+        f"must be a multiple of {whole.pack_multiple}. Change --seq-length."
+    )
+    yield parallel.overlap_param_gather and not parallel.use_distributed_optimizer, (
+        "--overlap-param-gather gathers the distributed optimizer's shards: add --use-distributed-optimizer."
+    )
+    yield parallel.overlap_param_gather and not parallel.overlap_grad_reduce, (
+        "--overlap-param-gather works only together with --overlap-grad-reduce: add it."
+    )
+
+
+def _layers_fit(layers: int, stages: int, first: int | None, last: int | None) -> bool:
+    given = [count for count in (first, last) if count is not None]
+    rest, still_open = layers - sum(given), stages - len(given)
+    if min(given) < 1:
+        return False
+    return rest == 0 if still_open == 0 else rest >= still_open and rest % still_open == 0
+
+
+def _check_precision(config: Config):
+    training, model, tp = config.training, config.model, config.parallel.tensor_model_parallel_size
+    fp8 = training.fp8_format is not None
+    multiple = 32 if training.fp8_recipe == "mxfp8" else 16
+    widths = (model.hidden_size, model.ffn_hidden_size // tp, model.num_attention_heads * model.kv_channels // tp)
+    yield fp8 and any(width % multiple for width in widths), (
+        f"--fp8-recipe {training.fp8_recipe} needs matrices whose sides are multiples of {multiple}; hidden size, "
+        f"feed-forward and attention width of a process are {widths}. Leave --fp8-format out, or lower TP."
+    )
+    yield fp8 and not training.bf16, "--fp8-format computes the rest in bfloat16: add --bf16."
+    yield training.fp8_param_gather and not (fp8 and config.parallel.use_distributed_optimizer), (
+        "--fp8-param-gather needs --fp8-format and --use-distributed-optimizer."
+    )
+    yield training.first_last_layers_bf16 and not fp8, "--first-last-layers-bf16 needs --fp8-format."
+    yield training.first_last_layers_bf16 and training.fp8_recipe == "delayed", (
+        "--first-last-layers-bf16 does not work with --fp8-recipe delayed. Use --fp8-recipe tensorwise."
+    )
+    yield fp8 and config.model.transformer_impl == "local", (
+        "--fp8-format needs Transformer Engine's layers: leave --transformer-impl local out."
+    )
+
+
+def check_lora(config: Config):
+    """(wrong, message) of each rule of --lora-rank and its companions."""
+    model, rank = config.model, config.model.lora_rank
+    unused = model.lora_alpha is not None or model.lora_modules != ModelConfig.lora_modules
+    yield rank is None and unused, "--lora-alpha and --lora-modules need --lora-rank."
+    if rank is None:
+        return
+    yield config.training.freeze is not None, "--lora-rank freezes all weights: leave --freeze out."
+    yield config.training.objective == "bradley-terry", (
+        "--lora-rank would freeze the scalar head of --objective bradley-terry: leave it out, or use --freeze backbone."
+    )
+    yield rank < 1, f"--lora-rank {rank} must be at least 1. Leave it out to train all weights."
+    yield model.lora_alpha <= 0, f"--lora-alpha {model.lora_alpha:g} must be positive. Leave it out for twice the rank."
+    yield not model.lora_modules, "--lora-modules names no layer. Leave it out for all linear layers."
+    yield config.training.fp8_format is not None, (
+        "--lora-rank with --fp8-format is not tested: leave --fp8-format out to train adapters in BF16."
+    )
+    yield config.parallel.tp_comm_overlap, (
+        "--lora-rank with --tp-comm-overlap is not tested: leave --tp-comm-overlap out."
+    )
+
+
+def _check_data(config: Config):
+    data = config.data
+    yield bool(data.data) == bool(data.data_path), (
+        "Give the training data once: --data FILE ... (raw) or --data-path PREFIX (from tools/preprocess_data.py)."
+    )
+    yield bool(data.valid_data) and bool(data.valid_data_path), "Give either --valid-data or --valid-data-path."
+    for file in (*data.data, *data.valid_data):
+        yield not source_is_there(file), absent(file)
+    for prefix in filter(None, (data.data_path, data.valid_data_path)):
+        yield not Path(f"{prefix}.idx").is_file(), (
+            f"{prefix}.idx: no such file. Make it with: gram preprocess --data FILE --output-prefix {prefix}"
+        )
+    tokenizer = data.tokenizer_model
+    yield tokenizer is None, "--tokenizer-model is missing: a SentencePiece .model file or a Hugging Face folder."
+    yield tokenizer is not None and not Path(tokenizer).exists(), f"--tokenizer-model {tokenizer}: no such file."
+    yield data.seq_length < 1, f"--seq-length {data.seq_length} must be positive."
+
+
+def _check_scalar_head(config: Config):
+    training, scalar = config.training, config.has_scalar_head
+    yield scalar and config.parallel.context_parallel_size > 1, (
+        "--objective bradley-terry compares the ends of two sequences, which --context-parallel-size "
+        f"{config.parallel.context_parallel_size} would put on different processes. Leave it out; for long samples use "
+        "--tensor-model-parallel-size with --sequence-parallel, and --recompute-granularity full."
+    )
+    yield scalar and config.data.pair_order == "both", (
+        "--pair-order both would give --objective bradley-terry every pair twice: its loss is the same in both orders. "
+        "Leave it out."
+    )
+    yield scalar and training.label_softmax != "two-token", (
+        "--label-softmax is for --objective pair-preference: bradley-terry has no label tokens. Leave it out."
+    )
+    yield scalar and training.label_smoothing not in (0, TrainingConfig.label_smoothing), (
+        f"--label-smoothing {training.label_smoothing} is for --objective pair-preference: bradley-terry (Eq. 1) does not "
+        "smooth. Leave it out."
+    )
+    weight = training.sft_loss_weight
+    yield weight < 0, f"--sft-loss-weight {weight} must be at least 0."
+    yield weight > 0 and not scalar, "--sft-loss-weight regularises a scalar head: use it with --objective bradley-terry."
+    yield training.freeze == "backbone" and not scalar, (
+        f"--freeze backbone leaves --objective {training.objective} nothing to train: it is for bradley-terry. "
+        "For the generative baseline use --freeze embeddings."
+    )
+    yield training.freeze == "backbone" and weight > 0, (
+        "--sft-loss-weight regularises the features that --freeze backbone keeps fixed: give one of the two."
+    )
+
+
+def _check_run(config: Config):
+    training, checkpoint = config.training, config.checkpoint
+    lengths = [training.train_samples, training.train_iters, training.train_epochs]
+    yield sum(length is not None for length in lengths) != 1, (
+        "Give the length of the run once: --train-epochs, --train-iters or --train-samples."
+    )
+    yield not 0 <= training.label_smoothing < 0.5, (
+        f"--label-smoothing {training.label_smoothing} is the weight of the wrong label: it must be in [0, 0.5)."
+    )
+    yield training.label_softmax == "full-vocabulary" and not training.fused_losses, (
+        "--label-softmax full-vocabulary has no plain version: leave --no-fused-losses out."
+    )
+    yield min(training.micro_batch_size, training.global_batch_size) < 1, "Batch sizes must be at least 1."
+    yield from _check_scalar_head(config)
+    yield from _check_precision(config)
+    rows = training.logits_chunk_size
+    yield rows is not None and rows < 1, f"--logits-chunk-size {rows} must be at least 1. Leave it out for the default."
+    yield not 0 <= training.lr_warmup_fraction < 1, (
+        f"--lr-warmup-fraction {training.lr_warmup_fraction} must be in [0, 1)."
+    )
+    yield checkpoint.save_interval is not None and checkpoint.save is None, "--save-interval needs --save FOLDER."
+    for flag, number in (("--keep-last", checkpoint.keep_last), ("--keep-every", checkpoint.keep_every)):
+        yield number is not None and number < 1, f"{flag} {number} must be at least 1. Leave it out to keep all checkpoints."
+    yield checkpoint.keep_every is not None and checkpoint.keep_last is None, (
+        f"--keep-every {checkpoint.keep_every} is an exception to --keep-last: give that too, or neither to keep all."
+    )
+    yield bool(config.model.load_hf) and bool(checkpoint.pretrained_checkpoint), (
+        "--load-hf and --pretrained-checkpoint are two starting points: give one."
+    )
+    yield config.logging.eval_interval is not None and not (config.data.valid_data or config.data.valid_data_path), (
+        "--eval-interval needs --valid-data FILE or --valid-data-path PREFIX."
+    )

@@ -1,0 +1,183 @@
+"""What an exported folder holds beside the weights: configurations, tokenizer, the order rule, a model card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from gram_engine.checkpoint.folder import DATA_MANIFEST, SOURCE, TEMPLATE, TOKENIZER
+from gram_engine.config.schema import Config
+from gram_engine.convert.jobs import Job
+from gram_engine.data.conversation import Conversation
+from gram_engine.data.samples import label_ids
+from gram_engine.data.template import JudgeTemplate
+from gram_engine.data.tokenizer import Tokenizer
+from gram_engine.errors import CheckpointError, ConfigError
+from gram_engine.files import read_json, write_atomically
+from gram_engine.model.shapes import hf_config
+
+GRAM_CONFIG = "gram_config.json"
+PAIR_LOGIT, CAUSAL_LM, SCALAR = "pair-logit", "causal-lm", "scalar"
+ORDER_RULE = "reward of y1 against y2 = mean of p(A | y1, y2) and p(B | y2, y1), softmax over the two labels"
+_AGAIN = "Convert the checkpoint again."
+SCALAR_RULE = "reward of y = the logit at the last token of [x, y]; p(y1 better than y2) = sigmoid(reward of y1 - of y2)"
+
+
+@dataclass(frozen=True)
+class GramConfig:
+    """What scoring needs of an exported folder's gram_config.json: template and label tokens, or, of a scalar head, the
+    conversation that it reads."""
+
+    seq_length: int
+    template: Optional[JudgeTemplate] = None
+    label_ids: Optional[tuple[int, int]] = None
+    conversation: Optional[Conversation] = None
+
+
+def read_gram_config(folder: str | Path) -> GramConfig:
+    """The folder's gram_config.json.
+
+    Raises:
+        ConfigError: it is missing, or not as it was written.
+    """
+    path = Path(folder) / GRAM_CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file. --model needs a folder written by `gram convert`.")
+    gram = read_json(path, ConfigError, _AGAIN)
+    seq_length = gram.get("seq_length")
+    if type(seq_length) is not int or seq_length < 1:
+        raise ConfigError(f"{path}: not what `gram convert` writes: seq_length is missing or wrong. {_AGAIN}")
+    if gram.get("head") == SCALAR:
+        return GramConfig(seq_length, conversation=Conversation.from_dict(gram.get("conversation"), str(path)))
+    labels = gram.get("label_ids")
+    whole = isinstance(labels, list) and len(labels) == 2 and all(type(number) is int for number in labels)
+    if not whole or min(labels) < 0 or labels[0] == labels[1]:
+        raise ConfigError(f"{path}: not what `gram convert` writes: label_ids are missing or wrong. {_AGAIN}")
+    template = JudgeTemplate.from_dict(gram.get("template"), str(path))
+    if gram.get("template_sha256", template.sha256) != template.sha256:
+        raise ConfigError(f"{path}: the template was changed after it was written. {_AGAIN}")
+    return GramConfig(seq_length, template, (labels[0], labels[1]))
+
+
+def label_ids_of(path: Path) -> tuple[int, int]:
+    """The label tokens that a checkpoint was trained with.
+
+    Raises:
+        CheckpointError: its tokenizer gives others.
+    """
+    manifest = read_json(path / DATA_MANIFEST, CheckpointError, "Restore it from another checkpoint of the run.")
+    tokenizer = Tokenizer.load("HuggingFaceTokenizer", path / TOKENIZER)
+    labels = label_ids(tokenizer, JudgeTemplate.load(path / TEMPLATE))
+    if manifest.get("label_ids") not in (None, list(labels)):
+        raise CheckpointError(
+            f"{path}: trained with the label ids {manifest['label_ids']}, but its tokenizer gives {list(labels)}. "
+            "The tokenizer folder of the checkpoint was changed: restore it."
+        )
+    return labels
+
+
+def write_companions(job: Job, config: Config, head: str, evaluation: Optional[str]) -> None:
+    """Write everything but the weights into the job's folder; fields of the folder that training began from are kept.
+
+    Args:
+        head: CAUSAL_LM, PAIR_LOGIT or SCALAR.
+        evaluation: JSON file whose figures the model card shows.
+    """
+    path, folder = job.checkpoint, job.folder
+    Tokenizer.load("HuggingFaceTokenizer", path / TOKENIZER).save_pretrained(folder)
+    tokenizer = Tokenizer.load("HuggingFaceTokenizer", folder)
+    gram = _scalar_rules(path, tokenizer) if head == SCALAR else _judge_rules(path)
+    source = _read_json(path / SOURCE / "config.json")
+    source.pop("auto_map", None)  # code of the folder that training began from
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    described = hf_config(config.model, str(job.dtype).removeprefix("torch."), *ids.values())
+    described |= {name: source[name] for name in (*ids, "initializer_range") if name in source}
+    if head != CAUSAL_LM:
+        label = "reward" if head == SCALAR else "A over B"
+        described["architectures"] = [described["architectures"][0].replace("CausalLM", "SequenceClassification")]
+        described |= {"num_labels": 1, "id2label": {"0": label}, "label2id": {label: 0}}
+        described["pad_token_id"] = tokenizer.hf.pad_token_id if tokenizer.hf.pad_token_id is not None else tokenizer.eos_id
+    _write_json(folder / "config.json", {**source, **described})
+    generation = _read_json(path / SOURCE / "generation_config.json") or {**ids, "do_sample": False}
+    if head == CAUSAL_LM:
+        _write_json(folder / "generation_config.json", generation)
+    general = {"head": head, "seq_length": config.data.seq_length, "overlong": "truncate"}
+    _write_json(folder / GRAM_CONFIG, {**general, **gram})
+    with write_atomically(folder / "README.md") as handle:
+        handle.write(_model_card(path, config, head, evaluation))
+
+
+def _judge_rules(path: Path) -> dict[str, Any]:
+    """How a judge prompt is written and read."""
+    template = JudgeTemplate.load(path / TEMPLATE)
+    return {
+        "template": template.to_dict(),
+        "template_sha256": template.sha256,
+        "labels": [template.label_a, template.label_b],
+        "label_ids": list(label_ids_of(path)),
+        "order_rule": ORDER_RULE,
+    }
+
+
+def _scalar_rules(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """How a text with one response is written; its tokenizer gets a token to pad with that ends no text."""
+    manifest = read_json(path / DATA_MANIFEST, CheckpointError, "Restore it from another checkpoint of the run.")
+    conversation = Conversation.from_dict(manifest.get("conversation"), str(path / DATA_MANIFEST))
+    pad_id = conversation.pad_id(tokenizer)
+    if pad_id != tokenizer.hf.pad_token_id:
+        tokenizer.hf.pad_token = tokenizer.token(pad_id)
+        tokenizer.save_pretrained(tokenizer.path)
+    return {"conversation": conversation.to_dict(), "rule": SCALAR_RULE}
+
+
+def read_evaluation(file: str) -> dict[str, Any]:
+    """The figures of a JSON report of `gram score` or `gram evaluate`.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    remedy = "Give --evaluation the JSON report of `gram score` or `gram evaluate`."
+    report = read_json(file, ConfigError, remedy)
+    figures = report.get("figures", {})
+    if not isinstance(figures, dict):
+        raise ConfigError(f"{file}: not a report: 'figures' is no object. {remedy}")
+    return {name: value for name, value in {**figures, **report}.items() if isinstance(value, (int, float))}
+
+
+def _model_card(path: Path, config: Config, head: str, evaluation: Optional[str]) -> str:
+    figures = read_evaluation(evaluation) if evaluation else {}
+    rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in figures.items())
+    measured = f"## Measured\n\n`{evaluation}`:\n\n| figure | value |\n|---|---|\n{rows}\n" if figures else ""
+    use = "Score with `gram score IN.jsonl OUT.jsonl --model THIS_FOLDER`. "
+    if head == PAIR_LOGIT:
+        use += (
+            "`AutoModelForSequenceClassification` loads it too: for a judge prompt (template below) its one logit is "
+            "Z_A - Z_B, the log odds that the response shown first is the better one. "
+        )
+    rules = f"Template, label tokens and the order rule are in `{GRAM_CONFIG}`: {ORDER_RULE}."
+    if head == SCALAR:
+        use += (
+            "`AutoModelForSequenceClassification` loads it too: its one logit is the reward of a response, read at the end "
+            "of prompt and response. "
+        )
+        rules = f"How prompt and response are written is in `{GRAM_CONFIG}` (`conversation`): {SCALAR_RULE}."
+    return (
+        "---\nlibrary_name: transformers\ntags: [reward-model, gram]\n---\n\n"
+        f"# {'Discriminative' if head == SCALAR else 'Generative'} reward model\n\n"
+        f"Trained with gram_engine, objective `{config.training.objective}`, checkpoint `{path.name}`. {use}"
+        f"{rules}\n\n"
+        f"{measured}## Training configuration\n\n```yaml\n{config.to_yaml()}```\n"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """{} for a file that is not there."""
+    return read_json(path, CheckpointError, "Restore it from another checkpoint of the run.") if path.is_file() else {}
+
+
+def _write_json(path: Path, content: dict) -> None:
+    with write_atomically(path) as handle:
+        json.dump(content, handle, indent=1)
+        handle.write("\n")
