@@ -1,4 +1,7 @@
-"""Files that are whole or absent: write to a temporary name, fsync, rename. Small files, read with errors that name them."""
+"""Files that are whole or absent: write to a temporary name, fsync, rename. Small files, read with errors that name them.
+
+Sources of data are files, and data sets of the Hugging Face hub by name (`hf:NAME` or `hf:NAME:SPLIT`).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,9 @@ from typing import IO, Any, Iterator
 import yaml
 
 from gram_engine.errors import ConfigError, GramError
+
+HUB = "hf:"
+"""What the name of a data set of the hub begins with."""
 
 
 @contextmanager
@@ -85,3 +91,22 @@ def locked(path: str | Path) -> Iterator[None]:
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+def is_hub_name(source: str | Path) -> bool:
+    """Whether a source is `hf:NAME`, not a file."""
+    return str(source).startswith(HUB)
+
+
+def source_is_there(source: str | Path) -> bool:
+    """Whether a source can be opened; of the hub's data sets this shows only when they are read."""
+    try:
+        return is_hub_name(source) or Path(source).is_file()
+    except OSError:  # a name too long
+        return False
+
+
+def absent(source: str | Path) -> str:
+    """What to tell of a source that is not there."""
+    if os.path.isdir(source):
+        return f"{source}: a folder. Give the files in it, such as {source}/*.jsonl."
+    return f"{source}: no such file. Check the path, and the working directory if it is relative."

@@ -1,9 +1,12 @@
-"""Keeps access tokens out of what is printed: log lines, error messages, the resolved configuration."""
+"""Log lines of the main process, and access tokens kept out of all that is printed (errors, the configuration)."""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
+
+from tqdm import tqdm
 
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Environment variables whose values are masked wherever they occur."""
@@ -22,3 +25,15 @@ def redact(text: str) -> str:
         if len(value) >= SHORTEST:
             text = text.replace(value, MASK)
     return _HUB_TOKEN.sub(MASK, text)
+
+
+def is_main_process() -> bool:
+    """True in the process that prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def log(message: str) -> None:
+    """Print one line on the main process, above the progress bar where there is one, without access tokens."""
+    if is_main_process():
+        tqdm.write(redact(message), file=sys.stdout)
+        sys.stdout.flush()

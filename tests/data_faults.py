@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 from gram_engine.config.schema import DataConfig
-from gram_engine.convert.metadata_files import GRAM_CONFIG
 from gram_engine.data.integrity import SEAL, describe_files, sealed
 from gram_engine.data.preprocess import preprocess
 from gram_engine.data.samples import label_ids
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import GramError
+from gram_engine.hf.gram_config import GRAM_CONFIG
 from gram_engine.scoring.scorer import RewardModelScorer
 from tests.conftest import TEMPLATE, train_tokenizer, write_pairs
 from tests.hf_models import write_hf_model

@@ -303,7 +303,7 @@ FAULTS = (
 
 def try_fault(fault_name: str, folder: Path, data: dict) -> Counter:
     """All cases of one fault; how often each outcome came. Call it in a process without process groups."""
-    from gram_engine import platform
+    from gram_engine.platform import device as platform
 
     platform.initialise("cpu")
     from gram_engine.checkpoint import save_load as checkpoint  # noqa: F401  imported once, here, and not in every child

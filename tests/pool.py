@@ -94,7 +94,7 @@ def _serve(connection) -> None:
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     import torch
 
-    from gram_engine import platform
+    from gram_engine.platform import device as platform
 
     torch.set_num_threads(1)
     platform.initialise("cpu")

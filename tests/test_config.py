@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from gram_engine.config.parse import load_yaml, parse
-from gram_engine.config.validate import check, resolve_shape
+from gram_engine.config.validate import check
 from gram_engine.errors import ConfigError
+from gram_engine.model.shapes import resolve_shape
 
 FOLDER = Path(__file__).parents[1] / "examples" / "configs"
 CONFIGS = [path for path in sorted(FOLDER.glob("*.yaml")) if not path.stem.endswith("template")]

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from gram_engine.convert import command, export_hf, jobs
 from gram_engine.convert.import_checkpoint import import_checkpoint
-from gram_engine.convert.metadata_files import PAIR_LOGIT
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import CheckpointError, ConfigError
+from gram_engine.hf.gram_config import PAIR_LOGIT
 from gram_engine.hf.safetensors_file import SafetensorsReader, SafetensorsWriter
 from gram_engine.scoring.scorer import RewardModelScorer
 from tests.conftest import TEMPLATE
@@ -50,7 +50,7 @@ def assert_same_weights(one, other):
 def weights_of(prefix, tokenizer, start):
     """This process's parameters as a run begins with them."""
     from gram_engine.config.parse import parse
-    from gram_engine.config.validate import resolve_shape
+    from gram_engine.model.shapes import resolve_shape
 
     text = f"--seq-length 192 --global-batch-size 8 --train-iters 4 --data-path {prefix} --tokenizer-model {tokenizer} {start}"
     config = parse(text.split())

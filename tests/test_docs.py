@@ -10,7 +10,7 @@ import pytest
 from gram_engine import cli
 from gram_engine.config import parse as command_line
 from gram_engine.config import schema as config
-from gram_engine.config.validate import resolve_shape
+from gram_engine.model.shapes import resolve_shape
 from gram_engine.training.launch import split_flags
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from gram_engine.config.parse import parse
-from gram_engine.config.validate import resolve_shape
 from gram_engine.data.context_parallel import held_positions
 from gram_engine.errors import ConfigError
+from gram_engine.model.shapes import resolve_shape
 from tests.tiny import tiny_config, tiny_trainer, train_steps
 
 SHAPE = "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 8 --seq-length 512"
@@ -102,7 +102,7 @@ def test_checkpoints_pass_between_layers_with_and_without_extra_state(with_state
 
 
 def deterministic(prefix, tokenizer, flags):
-    from gram_engine.platform import make_deterministic
+    from gram_engine.platform.device import make_deterministic
 
     make_deterministic()
     try:
@@ -120,7 +120,7 @@ def test_deterministic_mode_finds_no_kernel_that_is_not(stage, objective, pool, 
 
 def test_layernorm_recompute_without_transformer_engine_is_refused(tiny_data):
     from gram_engine.model.te_layers import check_gpu
-    from gram_engine.platform import CPU, Platform
+    from gram_engine.platform.device import CPU, Platform
 
     flags = "--recompute-granularity selective --recompute-modules core_attn layernorm"
     with pytest.raises(ConfigError, match="--recompute-modules layernorm needs Transformer Engine's layers"):

@@ -22,7 +22,7 @@ def packed_logits(prefix, tokenizer, folder, lengths, tokens):
 def hf_run(prefix, tokenizer, folder, flags=""):
     """The tiny run's configuration, with the shape and the weights of a Hugging Face folder instead."""
     from gram_engine.config.parse import parse
-    from gram_engine.config.validate import resolve_shape
+    from gram_engine.model.shapes import resolve_shape
 
     run = f"--seq-length 192 --global-batch-size 8 --train-iters 4 --load-hf {folder} {flags}"
     config = parse([*run.split(), "--data-path", prefix, "--tokenizer-model", tokenizer])

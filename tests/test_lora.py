@@ -107,7 +107,7 @@ def test_pruned_last_layer_gives_the_plain_models_gradients(layout, pool, tiny_d
 def hf_run(prefix, tokenizer, flags):
     """The tiny run on a Hugging Face folder (its shape comes with --load-hf)."""
     from gram_engine.config.parse import parse
-    from gram_engine.config.validate import resolve_shape
+    from gram_engine.model.shapes import resolve_shape
 
     run = f"--seq-length 192 --global-batch-size 8 --train-iters 20 --lr-decay-style constant --lr-warmup-fraction 0 {flags}"
     config = parse([*run.split(), "--data-path", prefix, "--tokenizer-model", tokenizer])
@@ -268,11 +268,11 @@ def fused_norm_difference():
     import torch.nn.functional as F
     from megatron.core.tensor_parallel import ColumnParallelLinear
 
-    from gram_engine import platform
     from gram_engine.config.parse import parse
-    from gram_engine.config.validate import resolve_shape
     from gram_engine.model.build import transformer_config
     from gram_engine.model.lora import adapted
+    from gram_engine.model.shapes import resolve_shape
+    from gram_engine.platform import device as platform
     from gram_engine.training.initialise import start_model_parallel
 
     class NormLinear(ColumnParallelLinear):

@@ -3,7 +3,7 @@
 import pytest
 
 from gram_engine.config.parse import parse
-from gram_engine.config.validate import resolve_shape
+from gram_engine.model.shapes import resolve_shape
 from gram_engine.planning.pipeline_balance import Work, balance_report, best_last_stage, stage_costs, stage_layers
 
 # 32 samples of 1,024 tokens.

@@ -8,8 +8,8 @@ import torch
 
 from gram_engine.config.parse import parse
 from gram_engine.config.schema import Config
-from gram_engine.config.validate import resolve_shape
 from gram_engine.errors import ConfigError
+from gram_engine.model.shapes import resolve_shape
 from gram_engine.planning import command
 from gram_engine.planning.layouts import Cluster, Data, Layout, best_layouts, evaluate, flags, parse_layout
 from gram_engine.planning.memory import CPU, GIB, GPU, Pack, layer_bytes, parameter_count, peak_memory, schedule
@@ -45,8 +45,8 @@ def preset(name: str, **training) -> Config:
 def parameters_of_a_process(flags: str) -> int:
     from megatron.core import parallel_state
 
-    from gram_engine import platform
     from gram_engine.model.build import build_model
+    from gram_engine.platform import device as platform
     from gram_engine.training.initialise import start_model_parallel
 
     config = configured(flags)
@@ -75,8 +75,8 @@ def kept_of_a_layer(flags: str, lengths: list[int]) -> tuple[float, float]:
 
 
 def saved_bytes(flags: str, lengths: list[int]) -> int:
-    from gram_engine import platform
     from gram_engine.model.build import build_model
+    from gram_engine.platform import device as platform
 
     config = configured(f"{flags} --objective response-lm")
     model = build_model(config, platform.initialise("cpu"))[0]

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gram_engine import platform
 from gram_engine.errors import ConfigError
-from gram_engine.platform import Platform, stack
+from gram_engine.platform import device as platform
+from gram_engine.platform import stack
 from gram_engine.platform.cpu import CudaOnCpu, TorchOnCpu
+from gram_engine.platform.device import Platform
 
 # Calls that never run on CPU, each with the reason; a call that is neither answered nor listed here fails the test.
 NOT_REACHED = {

@@ -6,10 +6,9 @@ import math
 import pytest
 
 from gram_engine.config.parse import parse
-from gram_engine.config.validate import resolve_shape
 from gram_engine.errors import ConfigError
 from gram_engine.hf.mapping import hf_shapes
-from gram_engine.model.shapes import PRESETS, ROPE_SCALING, hf_config, shape_from_hf
+from gram_engine.model.shapes import PRESETS, ROPE_SCALING, hf_config, resolve_shape, shape_from_hf
 
 # Parameters of the published checkpoints.
 PARAMETERS = {

@@ -132,7 +132,8 @@ def test_ready_made_rows_ties_and_rows_that_cannot_serve(tiny_data, tmp_path):
 def trained(flags):
     """Metrics of the flags' run, data and all."""
     from gram_engine.config.parse import parse
-    from gram_engine.config.validate import check, resolve_shape
+    from gram_engine.config.validate import check
+    from gram_engine.model.shapes import resolve_shape
 
     config = parse([*SHAPE.split(), "--objective", "bradley-terry", "--num-layers", "2", *flags])
     resolve_shape(config)
@@ -200,7 +201,7 @@ def test_from_rows_to_scores(pool, tiny_data, tmp_path, capsys):
 def trained_from(flags):
     """A run whose shape is the Hugging Face folder's."""
     from gram_engine.config.parse import parse
-    from gram_engine.config.validate import resolve_shape
+    from gram_engine.model.shapes import resolve_shape
 
     config = parse(["--objective", "bradley-terry", "--seq-length", "192", "--global-batch-size", "8", *flags])
     resolve_shape(config)

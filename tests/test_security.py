@@ -219,7 +219,7 @@ HUB_TOKEN = "hf_" + "aB3" * 11 + "x"
 
 
 def test_tokens_are_masked_in_logs_errors_and_the_configuration(monkeypatch, capsys):
-    from gram_engine.training.reporting import log
+    from gram_engine.log import log
 
     secrets = ("0123456789abcdef" * 2, "not-of-the-usual-form", "s3cret-value")
     for name, value in zip(SECRETS, secrets, strict=True):

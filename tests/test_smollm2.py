@@ -204,7 +204,7 @@ def real_data(tmp_path_factory):
 def curve(prefix, flags):
     """(loss, gradient norm) of STEPS steps in float32."""
     from gram_engine.config.parse import parse
-    from gram_engine.config.validate import resolve_shape
+    from gram_engine.model.shapes import resolve_shape
 
     run = f"--data-path {prefix} --load-hf {FOLDER} --seq-length 512 --global-batch-size 4 --micro-batch-size 1 {flags}"
     config = parse([*run.split(), "--lr", "1e-5", "--lr-warmup-fraction", "0", "--train-iters", str(STEPS)])

@@ -40,7 +40,7 @@ def main(part: str, prefix: str, tokenizer: str, flags: str, folder: str) -> Non
     """One process: train and save on the way, or resume. Prints (loss, gradient norm) of the steps."""
     import torch.distributed as dist
 
-    from gram_engine import platform
+    from gram_engine.platform import device as platform
 
     platform.initialise("cpu")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

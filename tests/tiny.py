@@ -13,7 +13,7 @@ SHAPE = (
 
 def tiny_config(prefix: str, tokenizer_model: str, flags: str = "") -> Config:
     """Resolved configuration of a six-layer model (so that 2 and 3 pipeline stages, and virtual ones, fit)."""
-    from gram_engine.config.validate import resolve_shape
+    from gram_engine.model.shapes import resolve_shape
 
     config = parse([*SHAPE.split(), "--data-path", prefix, "--tokenizer-model", tokenizer_model, *flags.split()])
     resolve_shape(config)
@@ -22,7 +22,7 @@ def tiny_config(prefix: str, tokenizer_model: str, flags: str = "") -> Config:
 
 def tiny_trainer(config: Config):
     """A Trainer in the process group that is up; the caller (the pool) destroys the groups."""
-    from gram_engine import platform
+    from gram_engine.platform import device as platform
     from gram_engine.training.initialise import complete_vocabulary, prepare_data, start_model_parallel
     from gram_engine.training.trainer import Trainer
 

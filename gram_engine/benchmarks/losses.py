@@ -16,13 +16,13 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from gram_engine import platform as platforms
 from gram_engine.benchmarks.measure import Row, add_ratios, describe, measure, table, write_json
 from gram_engine.benchmarks.steps import single_process, step_rows
 from gram_engine.config.parse import fail
 from gram_engine.errors import ConfigError, GramError
 from gram_engine.kernels import linear_cross_entropy, pair_loss
 from gram_engine.kernels.dispatch import name_of
+from gram_engine.platform import device as platforms
 
 # vocabulary, hidden size, tokens, labels
 SHAPES: dict[str, tuple[int, int, int, int]] = {

@@ -21,7 +21,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import tyro
 
-from gram_engine import platform as platforms
 from gram_engine.benchmarks.measure import PeakMemory, Row, add_ratios, describe, measure, table, write_json
 from gram_engine.benchmarks.peer_trainers import padded_batches, transformers_step, trl_steps
 from gram_engine.benchmarks.random_model import write_random_folder
@@ -29,8 +28,10 @@ from gram_engine.benchmarks.throughput import OBJECTIVES, VOCABULARY, in_words, 
 from gram_engine.benchmarks.workload import write_workload
 from gram_engine.config.parse import fail, parse
 from gram_engine.config.schema import Config
-from gram_engine.config.validate import check, resolve_shape
+from gram_engine.config.validate import check
 from gram_engine.errors import GramError
+from gram_engine.model.shapes import resolve_shape
+from gram_engine.platform import device as platforms
 from gram_engine.training.main import hush_known_warnings
 
 BASELINE = "transformers + AdamW, padded, all logits"

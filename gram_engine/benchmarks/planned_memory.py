@@ -25,7 +25,7 @@ from gram_engine.benchmarks.measure import write_json
 from gram_engine.benchmarks.steps import make_step, random_batch
 from gram_engine.config.parse import parse
 from gram_engine.config.schema import Config
-from gram_engine.config.validate import resolve_shape
+from gram_engine.model.shapes import resolve_shape
 from gram_engine.planning.memory import CPU, GIB, Pack, peak_memory
 from gram_engine.planning.published import RUNS, Run, as_published, as_this_engine
 
@@ -175,7 +175,7 @@ def _process(rank: int, case: Case, folder: str) -> None:
     torch.set_num_threads(1)
     import torch.distributed as dist
 
-    from gram_engine import platform
+    from gram_engine.platform import device as platform
 
     where = platform.initialise("cpu")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=case.processes)

@@ -9,11 +9,10 @@ import torch
 
 from gram_engine.config.parse import parse
 from gram_engine.config.schema import ModelConfig
-from gram_engine.config.validate import resolve_shape
 from gram_engine.convert.jobs import in_files
 from gram_engine.hf.mapping import INDEX, SINGLE, rules
 from gram_engine.hf.safetensors_file import SafetensorsWriter
-from gram_engine.model.shapes import hf_config
+from gram_engine.model.shapes import hf_config, resolve_shape
 
 
 def model_of(flags: str) -> ModelConfig:

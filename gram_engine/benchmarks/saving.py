@@ -20,9 +20,11 @@ from gram_engine.benchmarks.measure import Row, add_ratios, describe, table, wri
 from gram_engine.benchmarks.soak import make_files
 from gram_engine.benchmarks.throughput import OBJECTIVES, VOCABULARY, running_trainer
 from gram_engine.config.parse import fail, parse
-from gram_engine.config.schema import Config, is_main_process
-from gram_engine.config.validate import check, resolve_shape
+from gram_engine.config.schema import Config
+from gram_engine.config.validate import check
 from gram_engine.errors import GramError
+from gram_engine.log import is_main_process
+from gram_engine.model.shapes import resolve_shape
 
 
 @dataclass

@@ -19,9 +19,9 @@ from gram_engine.benchmarks.measure import Row, add_ratios, describe, measure, t
 from gram_engine.benchmarks.random_model import model_of, write_random_folder
 from gram_engine.config.parse import fail
 from gram_engine.config.schema import DataConfig
-from gram_engine.convert.metadata_files import GRAM_CONFIG
 from gram_engine.data.readers import read_rows
 from gram_engine.errors import GramError
+from gram_engine.hf.gram_config import GRAM_CONFIG
 from gram_engine.metrics import reward_of_first
 from gram_engine.scoring.scorer import Dtype, RewardModelScorer
 

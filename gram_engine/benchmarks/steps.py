@@ -9,11 +9,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from gram_engine import platform as platforms
 from gram_engine.benchmarks.measure import Row, add_ratios, describe, measure
 from gram_engine.config.parse import parse
 from gram_engine.config.schema import Config
-from gram_engine.config.validate import resolve_shape
+from gram_engine.model.shapes import resolve_shape
+from gram_engine.platform import device as platforms
 
 LABEL_IDS = (32, 33)
 VARIANTS = {

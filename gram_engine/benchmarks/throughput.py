@@ -13,13 +13,15 @@ from typing import Iterator, Literal, Optional
 
 import tyro
 
-from gram_engine import platform as platforms
 from gram_engine.benchmarks.measure import PeakMemory, Row, describe, table, write_json
 from gram_engine.benchmarks.workload import write_workload
 from gram_engine.config.parse import fail, parse
-from gram_engine.config.schema import Config, is_main_process, world_size
-from gram_engine.config.validate import check, resolve_shape
+from gram_engine.config.schema import Config, world_size
+from gram_engine.config.validate import check
 from gram_engine.errors import GramError
+from gram_engine.log import is_main_process
+from gram_engine.model.shapes import resolve_shape
+from gram_engine.platform import device as platforms
 from gram_engine.training.main import hush_known_warnings
 
 VOCABULARY = 128256

@@ -27,9 +27,8 @@ from pathlib import Path
 from typing import Iterator
 
 from gram_engine.errors import CheckpointError, ConfigError, one_line
-from gram_engine.log import redact
+from gram_engine.log import log, redact
 from gram_engine.platform.agreement import from_main
-from gram_engine.training.reporting import log
 
 LOCK = ".run_lock"
 BEAT_SECONDS = 10.0

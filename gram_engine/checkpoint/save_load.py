@@ -38,12 +38,12 @@ from gram_engine.checkpoint.writer import Writing
 from gram_engine.config.schema import Config
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import CheckpointError, GramError
+from gram_engine.log import log
 from gram_engine.model.lora import check_adapters, is_adapter
 from gram_engine.model.reward_model import unwrap
 from gram_engine.model.scalar_head import SCALAR_HEAD
 from gram_engine.platform.agreement import from_main, shared, together
 from gram_engine.platform.stack import load_strategy
-from gram_engine.training.reporting import log
 
 __all__ = ["CheckpointSaver", "TrainState", "candidates", "latest_checkpoint", "load_checkpoint", "load_weights"]
 

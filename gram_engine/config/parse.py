@@ -15,10 +15,10 @@ from typing import Any, NoReturn
 
 import tyro
 
-from gram_engine.config.schema import Config, ModelConfig, is_main_process
+from gram_engine.config.schema import Config, ModelConfig
 from gram_engine.errors import ConfigError, GramError
 from gram_engine.files import read_yaml
-from gram_engine.log import redact
+from gram_engine.log import is_main_process, redact
 
 SECONDS_FOR_MAIN = 30
 

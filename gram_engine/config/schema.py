@@ -390,8 +390,3 @@ def world_size() -> int:
 def restarts() -> int:
     """How many times torchrun (--max-restarts) has started this run again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
-def is_main_process() -> bool:
-    """True in the process that prints."""
-    return int(os.environ.get("RANK", "0")) == 0

@@ -1,4 +1,4 @@
-"""Completes a configuration and refuses combinations that cannot work, each with the values and the remedy."""
+"""Refuses configurations that cannot work, each with the values and the remedy."""
 
 from __future__ import annotations
 
@@ -6,52 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from gram_engine.config.schema import Config, ModelConfig, TrainingConfig, world_size
-from gram_engine.data.sources import absent, source_is_there
 from gram_engine.errors import ConfigError
-
-
-def resolve_shape(config: Config) -> None:
-    """Fill the model's open fields from --load-hf or --model, then from defaults; flags given by hand win over a preset.
-
-    Raises:
-        ConfigError: a field is still open, or a flag contradicts the Hugging Face folder.
-    """
-    from gram_engine.model.shapes import PRESETS, shape_from_hf
-
-    model = config.model
-    if model.load_hf:
-        for name, value in shape_from_hf(model.load_hf).items():
-            given = getattr(model, name)
-            if given is not None and given != value:
-                flag = name.replace("_", "-")
-                raise ConfigError(f"--{flag} {given} contradicts {model.load_hf}/config.json ({value}). Leave the flag out.")
-            setattr(model, name, value)
-        if config.data.tokenizer_model is None:
-            config.data.tokenizer_model = model.load_hf
-    elif model.model is not None:
-        if model.model not in PRESETS:
-            raise ConfigError(f"--model {model.model}: unknown preset. Choose one of: {', '.join(sorted(PRESETS))}.")
-        for name, value in PRESETS[model.model].items():
-            if getattr(model, name) is None:
-                setattr(model, name, value)
-    required = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
-    missing = [f"--{name.replace('_', '-')}" for name in required if getattr(model, name) is None]
-    if missing:
-        raise ConfigError(f"The model's shape is open: give --model, --load-hf, or {' '.join(missing)}.")
-    fallbacks = {
-        "num_query_groups": model.num_attention_heads,
-        "kv_channels": model.hidden_size // model.num_attention_heads,
-        "max_position_embeddings": config.data.seq_length,
-        "rotary_base": 10000.0,
-        "norm_epsilon": 1e-5,
-        "untie_embeddings_and_output_weights": True,
-        "qk_layernorm": False,
-        "lora_alpha": None if model.lora_rank is None else 2.0 * model.lora_rank,
-    }
-    for name, value in fallbacks.items():
-        if getattr(model, name) is None:
-            setattr(model, name, value)
-    model.lora_modules = tuple(name for name in ModelConfig.lora_modules if name in model.lora_modules)
+from gram_engine.files import absent, source_is_there
 
 
 def check(config: Config, data: bool = True) -> None:

@@ -25,10 +25,11 @@ from gram_engine.checkpoint.torch_dist import TorchDistCheckpoint
 from gram_engine.config.schema import Config
 from gram_engine.convert.jobs import Job, check_room, head_key, in_files, run_jobs
 from gram_engine.convert.merge_lora import merged_tensor
-from gram_engine.convert.metadata_files import CAUSAL_LM, PAIR_LOGIT, SCALAR, label_ids_of, read_evaluation, write_companions
+from gram_engine.convert.metadata_files import label_ids_of, read_evaluation, write_companions
 from gram_engine.errors import CheckpointError, ConfigError
 from gram_engine.files import write_atomically
 from gram_engine.hf.folder import HuggingFaceFolder
+from gram_engine.hf.gram_config import CAUSAL_LM, PAIR_LOGIT, SCALAR
 from gram_engine.hf.mapping import INDEX, OUTPUT, SCORE, SINGLE, rules
 from gram_engine.hf.safetensors_file import SafetensorsWriter
 

@@ -17,7 +17,6 @@ from gram_engine.checkpoint.folder import iteration_folder, publish, write_compa
 from gram_engine.checkpoint.integrity import seal
 from gram_engine.checkpoint.torch_dist import Key, TorchDistCheckpoint, describe, write_file, write_metadata
 from gram_engine.config.schema import Config
-from gram_engine.config.validate import resolve_shape
 from gram_engine.convert.jobs import Job, check_room, in_files, run_jobs
 from gram_engine.data.samples import label_ids
 from gram_engine.data.template import JudgeTemplate
@@ -26,6 +25,7 @@ from gram_engine.errors import CheckpointError, ConfigError
 from gram_engine.files import write_atomically
 from gram_engine.hf.folder import HuggingFaceFolder
 from gram_engine.hf.mapping import rules
+from gram_engine.model.shapes import resolve_shape
 
 LINEAR = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}

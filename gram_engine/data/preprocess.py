@@ -40,12 +40,12 @@ from gram_engine.data.samples import (
     preference_of,
 )
 from gram_engine.data.schema import Pair, Verbatim
-from gram_engine.data.sources import absent, source_fingerprint, source_is_there
+from gram_engine.data.sources import source_fingerprint
 from gram_engine.data.template import DEFAULT_TEMPLATE, JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.data.writer import Chunk, DatasetWriter, RejectsFile
 from gram_engine.errors import ConfigError, DataError, GramError, one_line
-from gram_engine.files import locked
+from gram_engine.files import absent, locked, source_is_there
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,9 @@ from typing import Any, Callable, Iterator, Optional, Sequence, TypeVar
 from gram_engine.config.schema import DataConfig
 from gram_engine.data.fields import BadRow, row_to_samples
 from gram_engine.data.schema import Pair, Verbatim
-from gram_engine.data.sources import absent, hub_rows, is_hub_name, source_is_there
+from gram_engine.data.sources import hub_rows
 from gram_engine.errors import DataError, one_line
+from gram_engine.files import absent, is_hub_name, source_is_there
 
 T = TypeVar("T")
 LONGEST_LINE = 64 << 20

@@ -3,34 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any, Iterator
 
 from gram_engine.errors import DataError
-from gram_engine.files import sha256_of_file
-
-HUB = "hf:"
-
-
-def is_hub_name(source: str | Path) -> bool:
-    """Whether a source is `hf:NAME`, not a file."""
-    return str(source).startswith(HUB)
-
-
-def source_is_there(source: str | Path) -> bool:
-    """Whether a source can be opened; of the hub's data sets this shows only when they are read."""
-    try:
-        return is_hub_name(source) or Path(source).is_file()
-    except OSError:  # a name too long
-        return False
-
-
-def absent(source: str | Path) -> str:
-    """What to tell of a source that is not there."""
-    if os.path.isdir(source):
-        return f"{source}: a folder. Give the files in it, such as {source}/*.jsonl."
-    return f"{source}: no such file. Check the path, and the working directory if it is relative."
+from gram_engine.files import HUB, is_hub_name, sha256_of_file
 
 
 def source_fingerprint(source: str | Path) -> str:

@@ -29,7 +29,7 @@ from gram_engine.model.reward_model import RewardModel
 from gram_engine.model.rotary import inverse_frequencies
 from gram_engine.model.scalar_head import SCALAR_HEAD
 from gram_engine.model.te_layers import fp8_fields, uses_transformer_engine, without_fp8
-from gram_engine.platform import Platform
+from gram_engine.platform.device import Platform
 
 
 def transformer_config(config: Config, platform: Platform) -> TransformerConfig:

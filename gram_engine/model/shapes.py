@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gram_engine.config.schema import ModelConfig
+from gram_engine.config.schema import Config, ModelConfig
 from gram_engine.errors import ConfigError
 from gram_engine.files import read_json
 
@@ -52,6 +52,48 @@ PRESETS: dict[str, dict] = {
 
 # What LLaMA 3.1's scaling (model/rotary.py) is made for; megatron-core has the same built in.
 ROPE_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def resolve_shape(config: Config) -> None:
+    """Fill the model's open fields from --load-hf or --model, then from defaults; flags given by hand win over a preset.
+
+    Raises:
+        ConfigError: a field is still open, or a flag contradicts the Hugging Face folder.
+    """
+    model = config.model
+    if model.load_hf:
+        for name, value in shape_from_hf(model.load_hf).items():
+            given = getattr(model, name)
+            if given is not None and given != value:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} {given} contradicts {model.load_hf}/config.json ({value}). Leave the flag out.")
+            setattr(model, name, value)
+        if config.data.tokenizer_model is None:
+            config.data.tokenizer_model = model.load_hf
+    elif model.model is not None:
+        if model.model not in PRESETS:
+            raise ConfigError(f"--model {model.model}: unknown preset. Choose one of: {', '.join(sorted(PRESETS))}.")
+        for name, value in PRESETS[model.model].items():
+            if getattr(model, name) is None:
+                setattr(model, name, value)
+    required = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+    missing = [f"--{name.replace('_', '-')}" for name in required if getattr(model, name) is None]
+    if missing:
+        raise ConfigError(f"The model's shape is open: give --model, --load-hf, or {' '.join(missing)}.")
+    fallbacks = {
+        "num_query_groups": model.num_attention_heads,
+        "kv_channels": model.hidden_size // model.num_attention_heads,
+        "max_position_embeddings": config.data.seq_length,
+        "rotary_base": 10000.0,
+        "norm_epsilon": 1e-5,
+        "untie_embeddings_and_output_weights": True,
+        "qk_layernorm": False,
+        "lora_alpha": None if model.lora_rank is None else 2.0 * model.lora_rank,
+    }
+    for name, value in fallbacks.items():
+        if getattr(model, name) is None:
+            setattr(model, name, value)
+    model.lora_modules = tuple(name for name in ModelConfig.lora_modules if name in model.lora_modules)
 
 
 def shape_from_hf(folder: str | Path) -> dict:

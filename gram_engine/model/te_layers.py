@@ -13,7 +13,7 @@ import torch
 
 from gram_engine.config.schema import Config
 from gram_engine.errors import ConfigError
-from gram_engine.platform import Platform
+from gram_engine.platform.device import Platform
 from gram_engine.platform.stack import check_transformer_engine
 
 INSTALL = "make gpu"

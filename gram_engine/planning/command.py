@@ -12,9 +12,10 @@ import tyro
 
 from gram_engine.config.parse import fail
 from gram_engine.config.schema import Config, ModelConfig
-from gram_engine.config.validate import check_lora, resolve_shape
+from gram_engine.config.validate import check_lora
 from gram_engine.errors import ConfigError, GramError
 from gram_engine.files import write_atomically
+from gram_engine.model.shapes import resolve_shape
 from gram_engine.planning.layouts import Cluster, Data, Plan, best_layouts, evaluate, flags, parse_layout
 from gram_engine.planning.memory import GIB, GPU, Memory
 from gram_engine.planning.timing import Hardware, StepTime

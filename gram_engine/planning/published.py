@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from gram_engine.config.schema import Config
-from gram_engine.config.validate import resolve_shape
+from gram_engine.model.shapes import resolve_shape
 from gram_engine.planning.layouts import Cluster, Data, Layout, Plan, evaluate
 from gram_engine.planning.memory import GPU, Engine
 

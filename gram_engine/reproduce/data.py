@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from gram_engine.data.readers import read_items
-from gram_engine.data.sources import source_fingerprint, source_is_there
+from gram_engine.data.sources import source_fingerprint
 from gram_engine.errors import ConfigError
-from gram_engine.files import write_atomically
+from gram_engine.files import source_is_there, write_atomically
 from gram_engine.reproduce.recipe import DataSet
 
 

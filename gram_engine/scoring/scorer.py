@@ -10,10 +10,10 @@ from typing import Iterable, Iterator, Literal, Optional, Sequence
 import numpy as np
 import torch
 
-from gram_engine.convert.metadata_files import GRAM_CONFIG, GramConfig, read_gram_config
 from gram_engine.data.samples import Sample, conversation_sample, judge_sample, label_ids
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import ConfigError
+from gram_engine.hf.gram_config import GRAM_CONFIG, GramConfig, read_gram_config
 from gram_engine.metrics import reward_of_first, sigmoid
 from gram_engine.scoring.judge_model import JudgeModel
 from gram_engine.scoring.token_tree import TokenTree

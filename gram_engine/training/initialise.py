@@ -12,14 +12,15 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.distributed.rendezvous import rendezvous
 
-from gram_engine.config.schema import Config, is_main_process, restarts, world_size
+from gram_engine.config.schema import Config, restarts, world_size
 from gram_engine.data.dataset import PairDataset
 from gram_engine.data.preprocess import ensure_preprocessed
 from gram_engine.data.samples import label_ids
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import ConfigError, GramError
-from gram_engine.platform import Platform
+from gram_engine.log import is_main_process
+from gram_engine.platform.device import Platform
 
 
 @dataclass

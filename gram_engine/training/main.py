@@ -7,9 +7,11 @@ import warnings
 from pathlib import Path
 
 from gram_engine.config.parse import fail, parse
-from gram_engine.config.schema import Config, is_main_process, restarts
-from gram_engine.config.validate import check, resolve_shape
+from gram_engine.config.schema import Config, restarts
+from gram_engine.config.validate import check
 from gram_engine.errors import GramError
+from gram_engine.log import is_main_process
+from gram_engine.model.shapes import resolve_shape
 
 PRETRAIN_DEFAULTS = ("--objective", "response-lm", "--lr", "2e-5")
 FINETUNE_DEFAULTS = ("--objective", "pair-preference", "--lr", "1e-5")
@@ -52,7 +54,7 @@ def _go_on_after_restart(config: Config) -> None:
 
 def run(config: Config) -> dict[str, float]:
     """Train as a checked configuration says; returns the last metrics. Leaves no process group behind."""
-    from gram_engine import platform as platforms
+    from gram_engine.platform import device as platforms
 
     hush_known_warnings()
     if config.training.deterministic_mode:
@@ -63,11 +65,11 @@ def run(config: Config) -> dict[str, float]:
     from megatron.core import parallel_state
 
     from gram_engine.checkpoint.run_lock import only_run_in
+    from gram_engine.log import log
     from gram_engine.model.te_layers import check_gpu, start_userbuffers
     from gram_engine.objectives import describe_losses
     from gram_engine.planning.pipeline_balance import Work, balance_report
     from gram_engine.training.initialise import complete_vocabulary, prepare_data, start_model_parallel, start_processes
-    from gram_engine.training.reporting import log
     from gram_engine.training.trainer import Trainer
 
     check_gpu(config, platform)

@@ -8,7 +8,7 @@ import numpy as np
 
 from gram_engine.config.schema import TrainingConfig
 from gram_engine.errors import NumericsError
-from gram_engine.training.reporting import log
+from gram_engine.log import log
 
 SHOWN_IDS = 64
 MEMORY = 0.95

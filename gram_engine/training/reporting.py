@@ -8,17 +8,10 @@ from dataclasses import asdict, dataclass
 
 from tqdm import tqdm
 
-from gram_engine.config.schema import Config, is_main_process, world_size
+from gram_engine.config.schema import Config, world_size
 from gram_engine.errors import ConfigError
-from gram_engine.log import redact
-from gram_engine.platform import Platform
-
-
-def log(message: str) -> None:
-    """Print one line on the main process, above the progress bar where there is one, without access tokens."""
-    if is_main_process():
-        tqdm.write(redact(message), file=sys.stdout)
-        sys.stdout.flush()
+from gram_engine.log import is_main_process, log
+from gram_engine.platform.device import Platform
 
 
 @dataclass

@@ -16,17 +16,18 @@ from gram_engine.config.schema import Config
 from gram_engine.data.dataset import PairDataset
 from gram_engine.data.loader import GlobalBatch, PackedLoader
 from gram_engine.hf.load_weights import load_hf_weights
+from gram_engine.log import log
 from gram_engine.model.build import build_model
 from gram_engine.objectives import build_objective
 from gram_engine.planning.flops import step_flops
-from gram_engine.platform import Platform
+from gram_engine.platform.device import Platform
 from gram_engine.training.evaluate import evaluate
 from gram_engine.training.freeze import freeze
 from gram_engine.training.initialise import PreparedData
 from gram_engine.training.microbatches import Prefetcher
 from gram_engine.training.nonfinite import NumericsGuard
 from gram_engine.training.optimizer import build_optimizer, build_scheduler, connect_schedule, step_if, wrap_ddp
-from gram_engine.training.reporting import Reporter, log
+from gram_engine.training.reporting import Reporter
 from gram_engine.training.step import run_schedule, summed_stats
 from gram_engine.training.stopping import LEAVING, StopRequests
 from gram_engine.training.watchdog import Watchdog

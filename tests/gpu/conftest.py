@@ -20,8 +20,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def platform():
     """This process's GPU, with megatron-core's groups of one process."""
-    from gram_engine import platform as platforms
     from gram_engine.benchmarks.steps import single_process
+    from gram_engine.platform import device as platforms
 
     found = platforms.initialise("cuda")
     with single_process(found.device):

@@ -6,7 +6,8 @@ from pathlib import Path
 from gram_engine.benchmarks.throughput import OBJECTIVES
 from gram_engine.benchmarks.workload import write_workload
 from gram_engine.config.parse import parse
-from gram_engine.config.validate import check, resolve_shape
+from gram_engine.config.validate import check
+from gram_engine.model.shapes import resolve_shape
 
 SHAPE = (
     "--num-layers 4 --hidden-size 256 --ffn-hidden-size 768 --num-attention-heads 4 --num-query-groups 2 --seq-length 1024 "

@@ -17,7 +17,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["local", "transform
 STAGES = pytest.mark.parametrize("stage", ["1", "2"])
 
 CPU_RUN = """
-from gram_engine import platform
+from gram_engine.platform import device as platform
 from gram_engine.benchmarks.steps import single_process
 found = platform.initialise("cpu")
 from tests.gpu.runs import trainer_of
@@ -76,7 +76,7 @@ def test_checkpoints_pass_between_implementations(stage, reader, implementation,
 @STAGES
 @IMPLEMENTATIONS
 def test_deterministic_resume_is_bit_for_bit(stage, implementation, platform, tiny_data, tmp_path):
-    from gram_engine.platform import make_deterministic
+    from gram_engine.platform.device import make_deterministic
 
     make_deterministic()
     try:

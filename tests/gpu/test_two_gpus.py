@@ -20,10 +20,10 @@ LAYOUTS = {
 }
 RUN = """
 import json, sys
-from gram_engine import platform
+from gram_engine.platform import device as platform
 from gram_engine.benchmarks.throughput import OBJECTIVES
 from gram_engine.config.parse import parse
-from gram_engine.config.schema import is_main_process
+from gram_engine.log import is_main_process
 found = platform.initialise("cuda")
 from gram_engine.model.te_layers import start_userbuffers
 from gram_engine.training.initialise import start_model_parallel, start_processes

@@ -1,0 +1,123 @@
+"""The one place that knows CUDA/NCCL from CPU/gloo (cpu.py), and which megatron-core is installed (stack.py)."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+from gram_engine.errors import ConfigError
+from gram_engine.platform.cpu import CPU, answer_cuda_calls
+from gram_engine.platform.stack import adapt_megatron, installed_stack
+
+# Dense bf16 peak of one GPU in TFLOP/s, from NVIDIA's data sheets; the key is part of the device's name.
+PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0}
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Where this process computes."""
+
+    device: torch.device
+    backend: str
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def memory_allocated_bytes(self) -> int:
+        """Peak memory of the GPU's allocator, or this process's resident memory."""
+        return torch.cuda.max_memory_allocated() if self.is_cuda else psutil.Process().memory_info().rss
+
+    def peak_tflops(self) -> float | None:
+        """Dense bf16 peak of one device; None where it is not known (CPUs)."""
+        if not self.is_cuda:
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def describe(self) -> str:
+        """One line for the log."""
+        name = torch.cuda.get_device_name(self.device) if self.is_cuda else f"CPU, {torch.get_num_threads()} threads"
+        return f"{name} | {self.backend} | torch {torch.__version__}"
+
+
+@functools.cache
+def initialise(device: Literal["auto", "cuda", "cpu"] = "auto") -> Platform:
+    """Choose the device of this process and prepare megatron-core for it. Call before megatron is used.
+
+    Raises:
+        ConfigError: megatron-core is of no line that the engine knows; cuda was asked for and there is none; the machine has
+            a GPU that this torch cannot use.
+    """
+    installed_stack()
+    if device != "cpu":
+        _set_gpu_environment()
+    available = torch.cuda.is_available()
+    if not available and device != "cpu":
+        _refuse_torch_without_cuda(device)
+    if device == "cuda" and not available:
+        raise ConfigError("--device cuda: torch finds no GPU. Use --device cpu, or check the driver and torch's build.")
+    if available and device == "cpu":
+        # megatron-core and torch ask again and again whether there is a GPU: the answer has to be one.
+        raise ConfigError("--device cpu on a machine with GPUs: hide them instead, with CUDA_VISIBLE_DEVICES= (empty).")
+    platform = _start_gpu() if available else _start_cpu()
+    adapt_megatron()
+    return platform
+
+
+def make_deterministic() -> None:
+    """Allow only kernels that give the same bits in every run. Call before the device is first used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    torch.use_deterministic_algorithms(True)
+
+
+def _set_gpu_environment() -> None:
+    """What the driver and torch's allocator read when they start, so before the first question about GPUs."""
+    # One queue: collectives start in the order in which megatron-core overlaps them with matrix products.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        # Packs and label rows differ in size from step to step, which leaves holes between segments of fixed size.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+def _refuse_torch_without_cuda(device: str) -> None:
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.version.cuda is None and not hidden and _has_nvidia_gpu():
+        version = torch.__version__.partition("+")[0]
+        raise ConfigError(
+            f"--device {device}: this machine has an NVIDIA GPU, but torch {torch.__version__} was built without CUDA. Run: "
+            f"pip install --force-reinstall --index-url https://pypi.org/simple torch=={version}, or train with --device cpu."
+        )
+
+
+def _has_nvidia_gpu() -> bool:
+    return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
+
+
+def _start_gpu() -> Platform:
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(local)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention makes a new plan for every shape, and packs differ
+    return Platform(torch.device("cuda", local), "nccl")
+
+
+def _start_cpu() -> Platform:
+    if "OMP_NUM_THREADS" not in os.environ:
+        share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, share))
+    answer_cuda_calls()
+    return Platform(CPU, "gloo")
