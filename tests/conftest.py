@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.pool import Pool
+from tests.support.pool import Pool
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
@@ -54,7 +54,7 @@ def make_tiny_data(folder) -> dict:
 @pytest.fixture(scope="session")
 def fault_work(tmp_path_factory):
     """Preprocessed data, tokenizers and a folder to damage files in."""
-    from tests.data_faults import Work
+    from tests.support.data_faults import Work
 
     return Work(tmp_path_factory.mktemp("faults"))
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from gram_engine.config.schema import DataConfig
 from gram_engine.data.preprocess import preprocess
 from tests.conftest import TEMPLATE, write_pairs
+from tests.support.tiny import float64_gradients, tiny_config, tiny_trainer, train_steps
 from tests.test_parallel_parity import LAYOUTS
-from tests.tiny import float64_gradients, tiny_config, tiny_trainer, train_steps
 
 SMALL = "--num-layers 2 --objective bradley-terry --lr 1e-3"
 TIED, UNTIED = (f"--untie-embeddings-and-output-weights {value}" for value in (False, True))

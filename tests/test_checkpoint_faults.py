@@ -1,4 +1,4 @@
-"""Checkpoints survive faults: no fault of tests/faults.py loses a state, and what that rests on, piece by piece."""
+"""Checkpoints survive faults: no fault of tests/support/faults.py loses a state, and what that rests on, piece by piece."""
 
 import io
 import multiprocessing
@@ -15,9 +15,9 @@ import torch
 from gram_engine.checkpoint.folder import candidates, run_config_of
 from gram_engine.checkpoint.integrity import seal
 from gram_engine.errors import CheckpointError, ConfigError
-from tests.faults import FAULTS, try_fault
-from tests.hand_made import load, meant, save, with_flags
-from tests.tiny import tiny_config
+from tests.support.faults import FAULTS, try_fault
+from tests.support.hand_made import load, meant, save, with_flags
+from tests.support.tiny import tiny_config
 
 
 def hide_gpus():

@@ -17,8 +17,8 @@ from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.scoring.resumable import ResumableLines
 from tests.conftest import TEMPLATE
-from tests.data_faults import Fault, changed, flipped, refused
-from tests.mutations import VALUES, damaged_bytes
+from tests.support.data_faults import Fault, changed, flipped, refused
+from tests.support.mutations import VALUES, damaged_bytes
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 

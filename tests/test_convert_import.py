@@ -19,8 +19,8 @@ from gram_engine.hf.gram_config import PAIR_LOGIT
 from gram_engine.hf.safetensors_file import SafetensorsReader, SafetensorsWriter
 from gram_engine.scoring.scorer import RewardModelScorer
 from tests.conftest import TEMPLATE
-from tests.hf_models import write_hf_model
-from tests.tiny import tiny_trainer
+from tests.support.hf_models import write_hf_model
+from tests.support.tiny import tiny_trainer
 
 GENERATION = {"bos_token_id": 1, "eos_token_id": [2, 5], "do_sample": True, "temperature": 0.6}
 

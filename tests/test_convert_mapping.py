@@ -11,7 +11,7 @@ from gram_engine.errors import CheckpointError
 from gram_engine.hf.load_weights import HuggingFaceFolder
 from gram_engine.hf.mapping import LAYER_RULES, hf_shapes, rules
 from gram_engine.model.shapes import shape_from_hf
-from tests.hf_models import write_hf_model
+from tests.support.hf_models import write_hf_model
 
 MODEL = ModelConfig(
     num_layers=2,

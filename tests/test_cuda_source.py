@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from gram_engine.kernels import reference
-from tests.kernels import NORM_EPS, draw
+from tests.support.kernels import NORM_EPS, draw
 
 ROOT = Path(__file__).parents[1]
 SOURCE = (ROOT / "csrc" / "pair_loss.cu").read_text()

@@ -28,8 +28,8 @@ from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.evaluation.suites import SUITES, read_games
 from tests import test_config_faults, test_security
 from tests.conftest import TEMPLATE, train_tokenizer
-from tests.data_faults import Fault, Work, changed, flipped, refused, resealed, table
-from tests.mutations import VALUES, bad_line, damaged_bytes
+from tests.support.data_faults import Fault, Work, changed, flipped, refused, resealed, table
+from tests.support.mutations import VALUES, bad_line, damaged_bytes
 
 ENDINGS = (".bin", ".idx", ".samples.npy", ".json")
 REMEDY = "reprocess"  # "Preprocess the data again", "or preprocess again"

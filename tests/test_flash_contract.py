@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests import flash_emulation
+from tests.support import flash_emulation
+from tests.support.tiny import tiny_config, tiny_trainer, train_steps
 from tests.test_parallel_parity import LAYOUTS, STAGES
-from tests.tiny import tiny_config, tiny_trainer, train_steps
 
 STEPS = 2
 PADDED = "--untie-embeddings-and-output-weights True --transformer-config bias_activation_fusion=true"

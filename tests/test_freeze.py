@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from tests.support.tiny import tiny_config, tiny_trainer, train_steps
 from tests.test_parallel_parity import LAYOUTS
 from tests.test_resume import resumed, uninterrupted
-from tests.tiny import tiny_config, tiny_trainer, train_steps
 
 TIED, UNTIED = (f"--untie-embeddings-and-output-weights {value}" for value in (False, True))
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -81,7 +81,7 @@ def stored(folder) -> set[str]:
 @pytest.mark.parametrize("run", ["backbone-pp2", "backbone-dp2-overlap", "stage2-tied-pp2", "stage2-untied-dp2-overlap-bf16"])
 def test_a_frozen_run_resumes(run, pool, data, tmp_path):
     from gram_engine.errors import CheckpointError
-    from tests.pool import WorkerError
+    from tests.support.pool import WorkerError
 
     stage, layout, flags = RUNS[run]
     processes, parallel = LAYOUTS[layout]

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.support.tiny import float64_gradients
 from tests.test_label_rows import LAYOUTS, compare
-from tests.tiny import float64_gradients
 
 SMALL = (
     "--num-layers 2 --global-batch-size 6 --objective pair-preference --label-smoothing 0.2 "

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.tiny import tiny_config, tiny_trainer, train_steps
+from tests.support.tiny import tiny_config, tiny_trainer, train_steps
 
 STEPS = {"tp1": 200}
 FEWER_STEPS = 30

@@ -9,7 +9,7 @@ from gram_engine.config.parse import parse
 from gram_engine.data.context_parallel import held_positions
 from gram_engine.errors import ConfigError
 from gram_engine.model.shapes import resolve_shape
-from tests.tiny import tiny_config, tiny_trainer, train_steps
+from tests.support.tiny import tiny_config, tiny_trainer, train_steps
 
 SHAPE = "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 8 --seq-length 512"
 NO_TE = not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gram_engine.errors import CheckpointError, ConfigError
-from tests.hf_models import KINDS, write_hf_model
-from tests.tiny import packed, tiny_trainer
+from tests.support.hf_models import KINDS, write_hf_model
+from tests.support.tiny import packed, tiny_trainer
 
 
 def packed_logits(prefix, tokenizer, folder, lengths, tokens):

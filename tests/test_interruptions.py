@@ -11,7 +11,7 @@ import pytest
 
 from gram_engine.benchmarks.soak import SHAPE, SoakConfig, make_files, soak
 from gram_engine.checkpoint.folder import TRACKER
-from tests.tiny import tiny_config, tiny_trainer
+from tests.support.tiny import tiny_config, tiny_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -87,7 +87,7 @@ def test_a_process_killed_twice_in_a_run_comes_back_and_ends_in_the_same_bits(tm
 def test_a_hang_is_told_with_the_stacks_of_every_process(files):
     flags = [*SHAPE, *files, "--train-iters", "20", "--distributed-timeout-minutes", "0.25"]
     done = subprocess.run(
-        [sys.executable, "-m", "gram_engine.training.launch", "tests/hanging_run.py", "--nproc-per-node", "2", *flags],
+        [sys.executable, "-m", "gram_engine.training.launch", "tests/support/hanging_run.py", "--nproc-per-node", "2", *flags],
         cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 4, done.stderr

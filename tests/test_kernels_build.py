@@ -14,7 +14,7 @@ import torch
 from gram_engine.errors import ConfigError
 from gram_engine.kernels import dispatch
 from gram_engine.kernels.pair_loss import pair_loss
-from tests.kernels import CUDA, DEVICE, IMPLEMENTATIONS, draw, use
+from tests.support.kernels import CUDA, DEVICE, IMPLEMENTATIONS, draw, use
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "gram_engine" / "kernels"

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from gram_engine.kernels.cross_entropy import cross_entropy_grad_, cross_entropy_stats
-from tests.kernels import CUDA, DEVICE, draw, use
+from tests.support.kernels import CUDA, DEVICE, draw, use
 
 ROWS, VOCABULARY = 6, 9001  # odd, and more than one block of the Triton kernels
 

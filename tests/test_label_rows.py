@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.tiny import add_packs_without_labels, float64_gradients
+from tests.support.tiny import add_packs_without_labels, float64_gradients
 
 SMALL = "--num-layers 2 --global-batch-size 6 --objective pair-preference --label-smoothing 0.07"
 VARIANTS = {

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from gram_engine.errors import CheckpointError
-from tests.hf_models import write_hf_model
+from tests.support.hf_models import write_hf_model
+from tests.support.tiny import float64_gradients, packed, tiny_config, tiny_trainer, train_steps
 from tests.test_hf_conversion import packed_logits
 from tests.test_label_rows import relative_difference
-from tests.tiny import float64_gradients, packed, tiny_config, tiny_trainer, train_steps
 
 STEPS = 4
 LORA = "--lora-rank 4 --lora-alpha 6 --lr 1e-3"
@@ -138,7 +138,7 @@ def test_training_equals_transformers_with_hand_written_adapters(stage, pool, ti
     from safetensors.torch import load_file
 
     from gram_engine.convert.export_hf import export_hf
-    from tests.lora_reference import LoraLinear, add_adapters, pair_loss, response_loss, train
+    from tests.support.lora_reference import LoraLinear, add_adapters, pair_loss, response_loss, train
 
     vocab_size = json.load(open(f"{tiny_data[stage]}.json"))["tokenizer"]["vocab_size"] + 3
     model = write_hf_model(tmp_path / "hf", vocab_size, stage == "stage2", "plain").train()

@@ -9,7 +9,7 @@ import torch
 from gram_engine.config.schema import TrainingConfig
 from gram_engine.errors import NumericsError
 from gram_engine.training.nonfinite import FIRST_STEPS, NumericsGuard
-from tests.tiny import tiny_config, tiny_trainer, train_steps
+from tests.support.tiny import tiny_config, tiny_trainer, train_steps
 
 STAGE2 = "--objective pair-preference --lr 3e-3"
 LAYOUTS = {"one": (1, ""), "dp2": (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather")}

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gram_engine.platform.stack import l2_norm, scale_in_place
-from tests.tiny import tiny_config, tiny_trainer, train_steps
+from tests.support.tiny import tiny_config, tiny_trainer, train_steps
 
 SHAPES = ((64, 32), (7,), (), (0,), (3, 5, 2), (1,))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gram_engine.kernels.attention import AttentionBounds, packed_attention
-from tests import flash_emulation
+from tests.support import flash_emulation
 
 HEADS, GROUPS, DIM = 4, 2, 8
 CASES = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.tiny import tiny_config, tiny_trainer
+from tests.support.tiny import tiny_config, tiny_trainer
 
 
 def loss_and_gradients(prefix, tokenizer_model, flags, micro_batch_size):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from gram_engine.kernels import pair_loss
 from gram_engine.kernels.plain import two_token_loss
-from tests.kernels import DEVICE, IMPLEMENTATIONS, NORM_EPS, draw, head_by_definition, use
+from tests.support.kernels import DEVICE, IMPLEMENTATIONS, NORM_EPS, draw, head_by_definition, use
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 
-from tests.tiny import tiny_config, tiny_trainer, train_steps
+from tests.support.tiny import tiny_config, tiny_trainer, train_steps
 
 STEPS = 10
 LAYOUTS = {

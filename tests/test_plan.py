@@ -15,7 +15,7 @@ from gram_engine.planning.layouts import Cluster, Data, Layout, best_layouts, ev
 from gram_engine.planning.memory import CPU, GIB, GPU, Pack, layer_bytes, parameter_count, peak_memory, schedule
 from gram_engine.planning.published import RUNS, as_published, as_this_engine
 from gram_engine.planning.timing import Hardware
-from tests.tiny import packed
+from tests.support.tiny import packed
 
 SMALL = "--num-layers 4 --hidden-size 32 --ffn-hidden-size 80 --num-attention-heads 4 --num-query-groups 2 --vocab-size 512"
 TIED, UNTIED = (f"--untie-embeddings-and-output-weights {value}" for value in (False, True))

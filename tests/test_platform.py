@@ -65,7 +65,7 @@ def modules_and_files(pool_modules):
 
 def used_modules(prefix, tokenizer):
     """Run a training step, then list megatron.core's modules in this worker."""
-    from tests.tiny import tiny_config, tiny_trainer, train_steps
+    from tests.support.tiny import tiny_config, tiny_trainer, train_steps
 
     train_steps(tiny_trainer(tiny_config(prefix, tokenizer)), 1)
     return engine_modules()

@@ -1,6 +1,6 @@
 """Batches that a thread prepares are those that the loader gives, in the order asked for, and its errors reach the training."""
 
-from tests.tiny import tiny_config, tiny_trainer
+from tests.support.tiny import tiny_config, tiny_trainer
 
 
 def prefetched(prefix, tokenizer_model):

@@ -13,7 +13,7 @@ from gram_engine.reproduce.paper import PUBLISHED
 from gram_engine.reproduce.plan import make_plan
 from gram_engine.reproduce.recipe import DataSet, load_recipe
 from gram_engine.reproduce.runner import refused
-from tests.recipe_lab import changed, content, demonstration, recipe_of
+from tests.support.recipe_lab import changed, content, demonstration, recipe_of
 
 RECIPES = Path(__file__).resolve().parents[1] / "examples" / "recipes"
 

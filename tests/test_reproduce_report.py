@@ -11,7 +11,7 @@ from gram_engine.reproduce.compare import compare, kendall_tau, verdict
 from gram_engine.reproduce.paper import COLUMNS, PUBLISHED
 from gram_engine.reproduce.plan import make_plan
 from gram_engine.reproduce.report import write_report
-from tests.recipe_lab import content, demonstration, recipe_of
+from tests.support.recipe_lab import content, demonstration, recipe_of
 
 
 def test_interval_against_naive_resampling():

@@ -16,8 +16,8 @@ from gram_engine.errors import ConfigError
 from gram_engine.reproduce import command
 from gram_engine.reproduce.runner import Runner, alone_in
 from gram_engine.training.stopping import LEAVING
-from tests.recipe_lab import changed, content, demonstration
-from tests.shell_jobs import shell_jobs
+from tests.support.recipe_lab import changed, content, demonstration
+from tests.support.shell_jobs import shell_jobs
 
 
 def runs_of(folder) -> list[str]:
@@ -71,7 +71,7 @@ def test_a_killed_run_goes_on(kill, tmp_path):
         import signal, sys
         from pathlib import Path
         from gram_engine.reproduce.runner import Runner, alone_in
-        from tests.shell_jobs import shell_jobs
+        from tests.support.shell_jobs import shell_jobs
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         folder = Path(sys.argv[1])
         with alone_in(folder) as lock:

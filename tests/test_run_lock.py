@@ -21,8 +21,8 @@ from gram_engine.checkpoint.folder import TRACKER, latest_checkpoint
 from gram_engine.checkpoint.integrity import verify
 from gram_engine.checkpoint.run_lock import LOCK, RunLock, only_run_in
 from gram_engine.errors import CheckpointError, ConfigError
-from tests.hand_made import save, with_flags
-from tests.tiny import SHAPE, tiny_config
+from tests.support.hand_made import save, with_flags
+from tests.support.tiny import SHAPE, tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = {"host": "node-7", "machine": ["node-7", "another boot", "pid:[1]", 0]}

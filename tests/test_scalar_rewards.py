@@ -18,8 +18,8 @@ from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import ConfigError, DataError
 from tests.conftest import TEMPLATE
+from tests.support.tiny import SHAPE, tiny_trainer
 from tests.test_data_samples import chat_folder  # noqa: F401
-from tests.tiny import SHAPE, tiny_trainer
 
 ROWS = [
     {"prompt": "which one", "response_a": "red blue", "response_b": "quiet river of stone", "label": "A"},

@@ -15,7 +15,7 @@ from gram_engine.errors import CheckpointError, ConfigError
 from gram_engine.scoring.command import main, rank_main
 from gram_engine.scoring.scorer import RewardModelScorer
 from tests.conftest import TEMPLATE
-from tests.hf_models import write_hf_model
+from tests.support.hf_models import write_hf_model
 
 SEQ_LENGTH = 192
 PAIRS = [

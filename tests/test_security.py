@@ -25,8 +25,8 @@ from gram_engine.hf.safetensors_file import SafetensorsReader
 from gram_engine.log import MASK, SECRETS, redact
 from gram_engine.scoring.scorer import RewardModelScorer
 from tests.conftest import TEMPLATE
-from tests.data_faults import Fault, changed, refused, resealed
-from tests.mutations import VALUES, damaged_bytes
+from tests.support.data_faults import Fault, changed, refused, resealed
+from tests.support.mutations import VALUES, damaged_bytes
 
 
 class Trap:

@@ -19,8 +19,8 @@ from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import ConfigError
 from gram_engine.hf.smollm2 import CARD, FILES, PACKAGE, WHEEL, WHEEL_SHA256, main, make_folder
 from gram_engine.scoring.scorer import RewardModelScorer
+from tests.support.tiny import float64_gradients, tiny_trainer, train_steps
 from tests.test_hf_conversion import packed_logits
-from tests.tiny import float64_gradients, tiny_trainer, train_steps
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(os.environ.get("GRAM_SMOLLM2", ROOT / "runs" / "SmolLM2-135M-Instruct"))

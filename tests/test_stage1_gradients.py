@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from tests.support.tiny import add_packs_without_labels, float64_gradients
 from tests.test_label_rows import LAYOUTS, compare
-from tests.tiny import add_packs_without_labels, float64_gradients
 
 SMALL = "--num-layers 2 --global-batch-size 6 --objective response-lm --logits-chunk-size 50"
 

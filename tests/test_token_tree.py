@@ -8,7 +8,7 @@ import torch
 
 from gram_engine.scoring.judge_model import JudgeModel
 from gram_engine.scoring.token_tree import LEAST_SHARED, TokenTree
-from tests.hf_models import KINDS, write_hf_model
+from tests.support.hf_models import KINDS, write_hf_model
 
 
 def text_of(tree, leaf):

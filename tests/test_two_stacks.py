@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import tiny_config, tiny_trainer, train_steps
+from tests.support.tiny import tiny_config, tiny_trainer, train_steps
 
 OTHER = os.environ.get("GRAM_OTHER_PYTHON")
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.gpu.runs import trainer_of
-from tests.tiny import train_steps
+from tests.support.tiny import train_steps
 
 STEPS = 6
 RECIPES = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
@@ -21,7 +21,7 @@ from gram_engine.platform import device as platform
 from gram_engine.benchmarks.steps import single_process
 found = platform.initialise("cpu")
 from tests.gpu.runs import trainer_of
-from tests.tiny import train_steps
+from tests.support.tiny import train_steps
 with single_process(found.device):
     print(train_steps(trainer_of(found, {stage!r}, ""), {steps}))
 """

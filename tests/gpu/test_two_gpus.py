@@ -28,7 +28,7 @@ found = platform.initialise("cuda")
 from gram_engine.model.te_layers import start_userbuffers
 from gram_engine.training.initialise import start_model_parallel, start_processes
 from tests.gpu.runs import SHAPE, trainer_of
-from tests.tiny import train_steps
+from tests.support.tiny import train_steps
 stage, flags, path = sys.argv[1:]
 config = parse([*SHAPE.split(), *flags.split()])
 start_processes(config, found)

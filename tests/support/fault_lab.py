@@ -1,4 +1,5 @@
-"""What the faults of tests/faults.py are tried on: checkpoints to damage, calls to fail at, and the look at what is left."""
+"""What the faults of tests/support/faults.py are tried on: checkpoints to damage, calls to fail
+at, and the look at what is left."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator
 
-from tests.hand_made import in_child, load, manifest_and_tokenizer, meant, quick_run_config_of, save, with_flags
+from tests.support.hand_made import in_child, load, manifest_and_tokenizer, meant, quick_run_config_of, save, with_flags
 
 LONG = os.environ.get("GRAM_FAULTS") == "long"
 

@@ -1,7 +1,7 @@
 """Faults that checkpoints must survive: how each is injected, and what must hold after it.
 
-    python -m tests.faults                     tries every fault and prints the table of examples/faults.md
-    GRAM_FAULTS=long python -m tests.faults    more of each, and runs of two processes
+    python -m tests.support.faults                     tries every fault and prints the table of examples/faults.md
+    GRAM_FAULTS=long python -m tests.support.faults    more of each, and runs of two processes
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable, Iterator
 
-from tests.fault_lab import LONG, Fault, Lab, Trap, calls_of, die, disk_full, io_error
-from tests.hand_made import in_child, in_world, load, save, start_world
+from tests.support.fault_lab import LONG, Fault, Lab, Trap, calls_of, die, disk_full, io_error
+from tests.support.hand_made import in_child, in_world, load, save, start_world
 
 
 def kill_while_saving(lab: Lab) -> Iterator[str]:
@@ -307,7 +307,7 @@ def try_fault(fault_name: str, folder: Path, data: dict) -> Counter:
 
     platform.initialise("cpu")
     from gram_engine.checkpoint import save_load as checkpoint  # noqa: F401  imported once, here, and not in every child
-    from tests.tiny import tiny_config
+    from tests.support.tiny import tiny_config
 
     lab = Lab(folder, tiny_config(data["stage2"], data["tokenizer"], "--num-layers 1"))
     (fault,) = (fault for fault in FAULTS if fault.name == fault_name)

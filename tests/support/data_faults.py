@@ -23,7 +23,7 @@ from gram_engine.errors import GramError
 from gram_engine.hf.gram_config import GRAM_CONFIG
 from gram_engine.scoring.scorer import RewardModelScorer
 from tests.conftest import TEMPLATE, train_tokenizer, write_pairs
-from tests.hf_models import write_hf_model
+from tests.support.hf_models import write_hf_model
 
 LONG = os.environ.get("GRAM_FAULTS") == "long"
 
