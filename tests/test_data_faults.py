@@ -1,6 +1,6 @@
 """Bad data and damaged files: each fault injected many times. GRAM_FAULTS=long tries more.
 
-`python -m tests.test_data_faults` prints the table of examples/faults.md.
+`python -m tests.test_data_faults` prints the table of examples/docs/faults.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """integrity.json: size and CRC-32 of every file of a checkpoint, written with it and compared when it is read.
 
 CRC-32 (zlib's) finds every burst of up to 32 wrong bits, and misses other damage once in 4e9 times; sizes find what is cut
-off.  Of the checksums that Python brings along it is the cheapest (examples/faults.md has the figures).  Shards are summed
+off.  Of the checksums that Python brings along it is the cheapest (examples/docs/faults.md has the figures).  Shards are summed
 while they are written; what is written beside them, and everything when it is read, is read once more.
 """
 

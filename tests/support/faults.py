@@ -1,6 +1,6 @@
 """Faults that checkpoints must survive: how each is injected, and what must hold after it.
 
-    python -m tests.support.faults                     tries every fault and prints the table of examples/faults.md
+    python -m tests.support.faults                     tries every fault and prints the table of examples/docs/faults.md
     GRAM_FAULTS=long python -m tests.support.faults    more of each, and runs of two processes
 """
 
