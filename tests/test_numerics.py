@@ -20,16 +20,19 @@ def poisoned(prefix, tokenizer_model, flags, bad_steps, bad_rank):
     import torch.distributed as dist
 
     trainer = tiny_trainer(tiny_config(prefix, tokenizer_model, f"{STAGE2} {flags}"))
-    snapshots, curve = [], []
-    for step in range(6):
-        batch = trainer.loader.batch(trainer.state.consumed_samples)
-        if step in bad_steps and dist.get_rank() == bad_rank:
+
+    def with_nan(consumed, batch_of=trainer.loader.batch):
+        batch = batch_of(consumed)
+        if consumed // batch.num_samples in bad_steps and dist.get_rank() == bad_rank:
             batch.microbatches[0].weight[0] = float("nan")
-        trainer.loader.batch = lambda _consumed, batch=batch: batch
+        return batch
+
+    trainer.loader.batch = with_nan
+    snapshots, curve = [], []
+    for _ in range(6):
         curve += train_steps(trainer, 1)
-        del trainer.loader.batch
-        trainer._settle_parameters()
-        trainer._resume_hooks()
+        trainer._finish_param_gather()
+        trainer._resume_param_gather()
         parameters = [parameter.detach().clone() for chunk in trainer.model for parameter in chunk.parameters()]
         moments = [
             value.clone()
@@ -77,18 +80,18 @@ def test_too_many_end_the_run_and_name_the_samples(flags, steps, pool, tiny_data
         assert all(str(number) in text.partition("samples ")[2].partition(";")[0].split(", ") for number in ids)
 
 
-def test_a_sound_step_starts_the_count_anew():
+def test_a_finite_step_restarts_the_count():
     guard = NumericsGuard(TrainingConfig(max_skipped_steps=2))
     ids = np.arange(3)
     guard.record(1, float("nan"), 1.0, ids)
-    guard.record(2, 1.0, 1.0, ids)  # a sound step in between starts the count anew
+    guard.record(2, 1.0, 1.0, ids)  # a finite step in between restarts the count
     guard.record(3, 1.0, float("inf"), ids)
     assert (guard.skipped, guard.skipped_in_row) == (2, 1)
     with pytest.raises(NumericsError, match="step 4: loss nan, gradient norm 1 on samples 0, 1, 2; 2 such"):
         guard.record(4, float("nan"), 1.0, ids)
 
 
-def test_spikes_are_told_with_their_samples(capsys):
+def test_spikes_are_logged_with_their_samples(capsys):
     guard = NumericsGuard(TrainingConfig(loss_spike_factor=3.0))
     for step in range(FIRST_STEPS + 1):
         guard.record(step, 1.0, 1.0, np.arange(2))

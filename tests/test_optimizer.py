@@ -122,7 +122,7 @@ def test_scaling_of_other_dtypes_equals_the_fallback(dtype, rounding, pool):
 
 def reads_of_a_step(prefix, tokenizer, flags):
     """Host reads between the gradients and the new weights, and how many parameters there are."""
-    from gram_engine.training.optimizer import step_if
+    from gram_engine.training.optimizer import step_unless_nonfinite
     from gram_engine.training.step import run_schedule
 
     trainer = tiny_trainer(tiny_config(prefix, tokenizer, flags))
@@ -131,7 +131,7 @@ def reads_of_a_step(prefix, tokenizer, flags):
         chunk.zero_grad_buffer()
     run_schedule(trainer.model, trainer.loader.batch(8), trainer.objective, trainer.platform.device)
     with HostReads() as reads:
-        norm = step_if(trainer.optimizer, lambda norm: norm > 0)
+        norm = step_unless_nonfinite(trainer.optimizer, lambda norm: norm > 0)
     assert norm > trainer.config.training.clip_grad
     return reads.count, len(list(trainer.model[0].parameters()))
 

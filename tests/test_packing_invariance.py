@@ -8,17 +8,12 @@ from tests.support.tiny import tiny_config, tiny_trainer
 
 def loss_and_gradients(prefix, tokenizer_model, flags, micro_batch_size):
     """(loss, {parameter: gradient}) of one global batch, gradients divided by the number of labels as in training."""
-    from gram_engine.training.step import run_schedule, summed_stats
-
     config = tiny_config(prefix, tokenizer_model, f"{flags} --micro-batch-size {micro_batch_size}")
     trainer = tiny_trainer(config)
     batch = trainer.loader.batch(0)
-    for chunk in trainer.model:
-        chunk.zero_grad_buffer()
-    results = run_schedule(trainer.model, batch, trainer.objective, trainer.platform.device)
-    stats = summed_stats(results, trainer.objective, trainer.platform.device)
+    metrics = trainer.forward_backward(batch)
     gradients = {name: p.main_grad.clone() for name, p in trainer.model[0].module.named_parameters()}
-    return trainer.objective.metrics(stats)["loss"], gradients, len(batch.microbatches)
+    return metrics["loss"], gradients, len(batch.microbatches)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])

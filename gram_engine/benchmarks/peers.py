@@ -32,7 +32,7 @@ from gram_engine.config.validate import check
 from gram_engine.errors import GramError
 from gram_engine.model.shapes import resolve_shape
 from gram_engine.platform import device as platforms
-from gram_engine.training.main import hush_known_warnings
+from gram_engine.training.session import hush_known_warnings
 
 BASELINE = "transformers + AdamW, padded, all logits"
 TRL = "TRL SFTTrainer"

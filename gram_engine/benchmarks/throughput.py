@@ -22,7 +22,7 @@ from gram_engine.errors import GramError
 from gram_engine.log import is_main_process
 from gram_engine.model.shapes import resolve_shape
 from gram_engine.platform import device as platforms
-from gram_engine.training.main import hush_known_warnings
+from gram_engine.training.session import hush_known_warnings
 
 VOCABULARY = 128256
 OBJECTIVES = {"1": "response-lm", "2": "pair-preference"}
@@ -122,12 +122,12 @@ def timed_steps(trainer, warmup: int, steps: int) -> tuple[list[float], list, fl
         trainer.platform.synchronize()
         started = time.perf_counter()
         batch = trainer.batches.batch(trainer.state.consumed_samples)
-        stats, _ = trainer.step(batch)
+        result = trainer.step(batch)
         trainer.platform.synchronize()
         trainer.state.consumed_samples += batch.num_samples
         seconds.append(time.perf_counter() - started)
         batches.append(batch)
-        losses.append(trainer.objective.metrics(stats)["loss"])
+        losses.append(result.metrics["loss"])
     return seconds[warmup:], batches[warmup:], losses[0]
 
 

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite are skipped and counted; too many in a row end the run. Spikes are told."""
+"""Steps whose loss or gradient is not finite are skipped and counted; too many in a row end the run. Loss spikes are logged."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ SHOWN_IDS = 64
 MEMORY = 0.95
 """Weight of the past in the mean loss that spikes are measured against."""
 FIRST_STEPS = 20
-"""Losses seen before spikes are told: the first steps fall fast."""
+"""Number of losses before spikes are looked for: at the start of training the loss falls fast."""
+
+
+def is_finite(loss: float, grad_norm: float) -> bool:
+    """Whether a step with these figures may change the weights."""
+    return math.isfinite(loss) and math.isfinite(grad_norm)
 
 
 class NumericsGuard:
-    """Decides on each step from figures that are the same on every process."""
+    """Counts skipped steps and looks for loss spikes, from figures that are the same on every process."""
 
     def __init__(self, training: TrainingConfig):
         self.most_skipped = 1 if training.check_for_nan else training.max_skipped_steps
@@ -26,17 +31,13 @@ class NumericsGuard:
         self.skipped = self.skipped_in_row = 0
         self.mean_loss, self.seen = 0.0, 0
 
-    def sound(self, loss: float, grad_norm: float) -> bool:
-        """Whether a step with these figures may change the weights."""
-        return math.isfinite(loss) and math.isfinite(grad_norm)
-
     def record(self, step: int, loss: float, grad_norm: float, sample_ids: np.ndarray) -> None:
         """Count a finished step, applied or skipped.
 
         Raises:
-            NumericsError: it was the last skipped step in a row that is borne.
+            NumericsError: as many steps in a row were skipped as --max-skipped-steps allows.
         """
-        if self.sound(loss, grad_norm):
+        if is_finite(loss, grad_norm):
             self.skipped_in_row = 0
             self._look_for_spike(step, loss, sample_ids)
             return

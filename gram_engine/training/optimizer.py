@@ -59,14 +59,14 @@ def build_optimizer(model: list[DistributedDataParallel], config: Config) -> Cha
     return get_megatron_optimizer(options, model, config_overrides=get_standard_config_overrides(options))
 
 
-def step_if(optimizer: ChainedOptimizer, sound: Callable[[float], bool]) -> float:
-    """One step where `sound(gradient norm)`, else none: weights and optimizer state stay. Returns the norm before clipping.
+def step_unless_nonfinite(optimizer: ChainedOptimizer, is_finite: Callable[[float], bool]) -> float:
+    """`ChainedOptimizer.step`, skipped where `is_finite(gradient norm)` is false: weights and optimizer state stay unchanged.
 
-    `ChainedOptimizer.step` with a question in the middle.
+    Returns the gradient norm before clipping.
     """
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
-    if sound(norm):
+    if is_finite(norm):
         for part in optimizer.chained_optimizers:
             if part.config.clip_grad > 0.0 and not part.is_stub_optimizer:
                 clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=part.config.clip_grad, total_norm=norm)

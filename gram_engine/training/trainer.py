@@ -1,9 +1,10 @@
-"""Trainer: data -> model -> objective -> schedule -> optimizer -> checkpoint, one step at a time."""
+"""Trainer: data -> model -> objective -> schedule -> optimizer -> checkpoint, one step at a time (start here to read)."""
 
 from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from functools import partial
 
 import torch.distributed as dist
@@ -25,16 +26,33 @@ from gram_engine.training.evaluate import evaluate
 from gram_engine.training.freeze import freeze
 from gram_engine.training.initialise import PreparedData
 from gram_engine.training.microbatches import Prefetcher
-from gram_engine.training.nonfinite import NumericsGuard
-from gram_engine.training.optimizer import build_optimizer, build_scheduler, connect_schedule, step_if, wrap_ddp
+from gram_engine.training.nonfinite import NumericsGuard, is_finite
+from gram_engine.training.optimizer import build_optimizer, build_scheduler, connect_schedule, step_unless_nonfinite, wrap_ddp
 from gram_engine.training.reporting import Reporter
 from gram_engine.training.step import run_schedule, summed_stats
 from gram_engine.training.stopping import LEAVING, StopRequests
 from gram_engine.training.watchdog import Watchdog
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """Figures of one training step over the whole global batch, the same on every process."""
+
+    metrics: dict[str, float]
+    """The objective's, computed before the update; `loss` is one of them."""
+    grad_norm: float
+    """Norm of all gradients before clipping."""
+    num_samples: int
+    num_tokens: int
+    flops: float
+    """Floating-point operations of the model, forward and backward."""
+
+
 class Trainer:
-    """Everything a run holds. Build it after process groups and data are ready, then call `train`."""
+    """All parts of a run. `session` builds it, after process groups and data are ready.
+
+    `train` runs to the end; `advance` does a single step, with the same effect on the trainer's state and counters.
+    """
 
     def __init__(self, config: Config, platform: Platform, prepared: PreparedData):
         self.config, self.platform = config, platform
@@ -56,18 +74,18 @@ class Trainer:
         self.watchdog = Watchdog(60 * config.parallel.distributed_timeout_minutes, dist.get_rank())
         self.saver = CheckpointSaver(config, self.dataset.manifest)
         self.state = self._resume()
+        self.reporter = Reporter(config, platform, self.state.iteration, self.total_steps)
 
     def train(self) -> dict[str, float]:
-        """Train to the end (--exit-interval, a signal, --exit-duration-in-mins), evaluating and saving on the way.
+        """Train to the end, evaluating and saving on the way; returns the last metrics.
 
-        Returns the last metrics.
+        --exit-interval, --exit-duration-in-mins, SIGTERM and SIGUSR1 end it earlier.
 
         Raises:
             NumericsError: too many steps in a row had a loss or gradient that is not finite.
             CheckpointError: a checkpoint could not be written.
         """
         config = self.config
-        self.reporter = Reporter(config, self.platform, self.state.iteration, self.total_steps)
         self.stop = StopRequests(config.training.exit_duration_in_mins, self.platform.device)
         self.watchdog.start()
         try:
@@ -81,20 +99,23 @@ class Trainer:
         finally:
             self.watchdog.close()
             self.stop.close()
-            self.reporter.close()
+
+    def close(self) -> None:
+        """Flush the metric writers and remove the progress bar."""
+        self.reporter.close()
 
     def _train(self, last_step: int) -> dict[str, float]:
         config, state, metrics = self.config, self.state, {}
         while state.iteration < last_step:
             self.watchdog.beat(f"step {state.iteration + 1}")
-            stats, grad_norm = self.advance()
+            result = self.advance()
             self.saver.finish(blocking=False)
             stop = self.stop.reason()
             finished = state.iteration == last_step or stop is not None
             if state.iteration % config.logging.log_interval == 0 or finished:
-                metrics = self.objective.metrics(stats)
+                metrics = result.metrics
                 self.reporter.train_line(
-                    state.iteration, state.consumed_samples, metrics, self._learning_rate(), grad_norm
+                    state.iteration, state.consumed_samples, metrics, self._learning_rate(), result.grad_norm
                 )
             if self._due(config.logging.eval_interval, finished and stop is None) and self.valid_loader:
                 metrics = {**metrics, **self.evaluate()}
@@ -106,36 +127,43 @@ class Trainer:
                 break
         return metrics
 
-    def advance(self) -> tuple[dict[str, float], float]:
-        """The next step. Returns the objective's summed statistics and the gradient norm before clipping."""
+    def advance(self) -> StepResult:
+        """Train on the next global batch, and advance the position in the data and the counters of the log.
+
+        Raises:
+            NumericsError: too many steps in a row had a loss or gradient that is not finite.
+        """
         state = self.state
         batch = self.batches.batch(state.consumed_samples)
-        stats, grad_norm = self.step(batch)
+        result = self.step(batch)
         state.iteration += 1
         state.consumed_samples += batch.num_samples
-        self.reporter.count(batch.num_samples, batch.num_tokens, step_flops(self.config, batch))
-        self.numerics.record(state.iteration, self.objective.metrics(stats)["loss"], grad_norm, batch.sample_ids)
-        return stats, grad_norm
+        self.reporter.count(result.num_samples, result.num_tokens, result.flops)
+        self.numerics.record(state.iteration, result.metrics["loss"], result.grad_norm, batch.sample_ids)
+        return result
 
-    def step(self, batch: GlobalBatch) -> tuple[dict[str, float], float]:
-        """One optimizer step, left out where its loss or gradient is not finite. Returns what `advance` does."""
+    def step(self, batch: GlobalBatch) -> StepResult:
+        """One update from a global batch; none where its loss or gradient norm is not finite."""
+        metrics = self.forward_backward(batch)
+        grad_norm = step_unless_nonfinite(self.optimizer, lambda norm: is_finite(metrics["loss"], norm))
+        self.scheduler.step(increment=batch.num_samples)
+        return StepResult(metrics, grad_norm, batch.num_samples, batch.num_tokens, step_flops(self.config, batch))
+
+    def forward_backward(self, batch: GlobalBatch) -> dict[str, float]:
+        """Gradients of a global batch, left in the parameters' `main_grad`; returns the objective's metrics."""
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = run_schedule(self.model, batch, self.objective, self.platform.device)
-        stats = summed_stats(results, self.objective, self.platform.device)
-        loss = self.objective.metrics(stats)["loss"]
-        grad_norm = step_if(self.optimizer, lambda norm: self.numerics.sound(loss, norm))
-        self.scheduler.step(increment=batch.num_samples)
-        return stats, grad_norm
+        return self.objective.metrics(summed_stats(results, self.objective, self.platform.device))
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on the validation data, also logged."""
         started = time.perf_counter()
         beat = partial(self.watchdog.beat, f"the evaluation after step {self.state.iteration}")
-        self._settle_parameters()
+        self._finish_param_gather()
         metrics = evaluate(self.model, self.valid_loader, self.valid_dataset, self.objective, self.platform.device, beat)
-        self._resume_hooks()
+        self._resume_param_gather()
         self.reporter.eval_line(self.state.iteration, self.state.consumed_samples, metrics)
         self.reporter.exclude(time.perf_counter() - started)
         return metrics
@@ -143,9 +171,9 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this step."""
         self.watchdog.beat(f"saving step {self.state.iteration}")
-        self._settle_parameters()
+        self._finish_param_gather()
         self.saver.save(self.state, self.model, self.optimizer, self.scheduler)
-        self._resume_hooks()
+        self._resume_param_gather()
         log(f"saved {self.config.checkpoint.save} at step {self.state.iteration}")
 
     def _loader(self, dataset: PairDataset) -> PackedLoader:
@@ -202,13 +230,13 @@ class Trainer:
     def _learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
 
-    def _settle_parameters(self) -> None:
+    def _finish_param_gather(self) -> None:
         """Finish parameter gathers that would otherwise overlap the next training step."""
         if self.config.parallel.overlap_param_gather:
             for chunk in self.model:
                 chunk.disable_forward_pre_hook(param_sync=True)
 
-    def _resume_hooks(self) -> None:
+    def _resume_param_gather(self) -> None:
         if self.config.parallel.overlap_param_gather:
             for chunk in self.model:
                 chunk.enable_forward_pre_hook()

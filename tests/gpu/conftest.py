@@ -18,17 +18,6 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def platform():
-    """This process's GPU, with megatron-core's groups of one process."""
-    from gram_engine.benchmarks.steps import single_process
-    from gram_engine.platform import device as platforms
-
-    found = platforms.initialise("cuda")
-    with single_process(found.device):
-        yield found
-
-
-@pytest.fixture
 def implementation(request):
     """Layers to use; Transformer Engine's tests are skipped where it is not installed."""
     if request.param != "local" and not TE:

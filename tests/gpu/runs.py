@@ -1,5 +1,6 @@
 """Short training runs on the process's own device, on random packed data."""
 
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from gram_engine.benchmarks.workload import write_workload
 from gram_engine.config.parse import parse
 from gram_engine.config.validate import check
 from gram_engine.model.shapes import resolve_shape
+from gram_engine.training.session import session
+from tests.support.tiny import train_steps
 
 SHAPE = (
     "--num-layers 4 --hidden-size 256 --ffn-hidden-size 768 --num-attention-heads 4 --num-query-groups 2 --seq-length 1024 "
@@ -15,19 +18,25 @@ SHAPE = (
 )
 
 
-def trainer_of(platform, stage: str, flags: str, data: dict | None = None):
-    """A Trainer of stage "1" or "2" in the process groups that are up; with `data` (fixture tiny_data) it can save."""
-    from gram_engine.model.te_layers import check_gpu
+@contextlib.contextmanager
+def trainer_of(stage: str, flags: str, data: dict | None = None):
+    """A Trainer of stage "1" or "2", alone or under torchrun; with `data` (fixture tiny_data) it can save."""
     from gram_engine.training.initialise import PreparedData
-    from gram_engine.training.trainer import Trainer
 
     config = parse([*SHAPE.split(), "--objective", OBJECTIVES[stage], *flags.split()])
     resolve_shape(config)
     check(config, data=False)
-    check_gpu(config, platform)
-    if data is not None:
-        config.data.tokenizer_model, prefix = data["tokenizer"], data[f"stage{stage}"]
-    else:
-        prefix = str(Path(tempfile.mkdtemp()) / "data")
-        write_workload(prefix, config.training.objective, 64, config.data.seq_length, config.model.vocab_size)
-    return Trainer(config, platform, PreparedData(prefix, None, config.model.vocab_size))
+    with tempfile.TemporaryDirectory() as folder:
+        if data is not None:
+            config.data.tokenizer_model, prefix = data["tokenizer"], data[f"stage{stage}"]
+        else:
+            prefix = str(Path(folder) / "data")
+            write_workload(prefix, config.training.objective, 64, config.data.seq_length, config.model.vocab_size)
+        with session(config, PreparedData(prefix, None, config.model.vocab_size)) as trainer:
+            yield trainer
+
+
+def curve(stage: str, flags: str, steps: int, data: dict | None = None) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of the first steps of a run."""
+    with trainer_of(stage, flags, data) as trainer:
+        return train_steps(trainer, steps)

@@ -20,21 +20,10 @@ LAYOUTS = {
 }
 RUN = """
 import json, sys
-from gram_engine.platform import device as platform
-from gram_engine.benchmarks.throughput import OBJECTIVES
-from gram_engine.config.parse import parse
 from gram_engine.log import is_main_process
-found = platform.initialise("cuda")
-from gram_engine.model.te_layers import start_userbuffers
-from gram_engine.training.initialise import start_model_parallel, start_processes
-from tests.gpu.runs import SHAPE, trainer_of
-from tests.support.tiny import train_steps
+from tests.gpu.runs import curve
 stage, flags, path = sys.argv[1:]
-config = parse([*SHAPE.split(), *flags.split()])
-start_processes(config, found)
-start_model_parallel(config)
-start_userbuffers(config)
-losses = train_steps(trainer_of(found, stage, flags), 5)
+losses = curve(stage, flags, 5)
 if is_main_process():
     open(path, "w").write(json.dumps(losses))
 """

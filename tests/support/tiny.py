@@ -23,30 +23,19 @@ def tiny_config(prefix: str, tokenizer_model: str, flags: str = "") -> Config:
 def tiny_trainer(config: Config):
     """A Trainer in the process group that is up; the caller (the pool) destroys the groups."""
     from gram_engine.platform import device as platform
-    from gram_engine.training.initialise import complete_vocabulary, prepare_data, start_model_parallel
-    from gram_engine.training.trainer import Trainer
+    from gram_engine.training.session import build_trainer
 
-    where = platform.initialise("cpu")
-    start_model_parallel(config)
-    prepared = prepare_data(config)
-    complete_vocabulary(config, prepared)
-    return Trainer(config, where, prepared)
+    return build_trainer(config, platform.initialise("cpu"))
 
 
 def train_steps(trainer, steps: int) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of the next steps, advancing the trainer's state as Trainer.train does."""
-    curve = []
-    for _ in range(steps):
-        batch = trainer.loader.batch(trainer.state.consumed_samples)
-        stats, grad_norm = trainer.step(batch)
-        trainer.state.iteration += 1
-        trainer.state.consumed_samples += batch.num_samples
-        curve.append((trainer.objective.metrics(stats)["loss"], grad_norm))
-    return curve
+    """(loss, gradient norm before clipping) of each of the next steps."""
+    results = [trainer.advance() for _ in range(steps)]
+    return [(result.metrics["loss"], result.grad_norm) for result in results]
 
 
 def float64_gradients(prefix: str, tokenizer_model: str, flags: str, change=None) -> dict:
-    """Every trained parameter's gradient of one global batch, in float64, by name; under TP or PP what this rank holds.
+    """{"loss", "gradients": {name: array}} of one global batch in float64; under TP or PP the parameters of this rank.
 
     `change(trainer, batch)` may alter either before the pass.
     """
@@ -55,10 +44,9 @@ def float64_gradients(prefix: str, tokenizer_model: str, flags: str, change=None
     import torch
 
     from gram_engine.training import optimizer
-    from gram_engine.training import trainer as loop
-    from gram_engine.training.step import run_schedule, summed_stats
+    from gram_engine.training import trainer as trainer_module
 
-    build, ddp_config = loop.build_model, optimizer.DistributedDataParallelConfig
+    build, ddp_config = trainer_module.build_model, optimizer.DistributedDataParallelConfig
 
     def build_double(*args):
         chunks = [chunk.double() for chunk in build(*args)]
@@ -68,17 +56,15 @@ def float64_gradients(prefix: str, tokenizer_model: str, flags: str, change=None
     def double_ddp_config(**fields):
         return ddp_config(**{**fields, "grad_reduce_in_fp32": False})
 
-    with mock.patch.object(loop, "build_model", build_double), mock.patch.object(
+    with mock.patch.object(trainer_module, "build_model", build_double), mock.patch.object(
         optimizer, "DistributedDataParallelConfig", double_ddp_config
     ):
         trainer = tiny_trainer(tiny_config(prefix, tokenizer_model, flags))
     batch = trainer.loader.batch(0)
     if change is not None:
         change(trainer, batch)
-    for _ in range(2):  # under overlap the first step only counts hooks
-        for chunk in trainer.model:
-            chunk.zero_grad_buffer()
-        results = run_schedule(trainer.model, batch, trainer.objective, trainer.platform.device)
+    for _ in range(2):  # with overlapping communication, the first pass only counts the hooks
+        metrics = trainer.forward_backward(batch)
     gradients = {
         f"{index}.{name}": parameter.main_grad.clone()
         for index, chunk in enumerate(trainer.model)
@@ -86,8 +72,7 @@ def float64_gradients(prefix: str, tokenizer_model: str, flags: str, change=None
         if parameter.requires_grad
     }
     assert all(gradient.dtype == torch.float64 for gradient in gradients.values())
-    loss_sum = summed_stats(results, trainer.objective, trainer.platform.device)["loss_sum"]
-    return {"loss": loss_sum, "gradients": {name: gradient.numpy() for name, gradient in gradients.items()}}
+    return {"loss": metrics["loss"], "gradients": {name: gradient.numpy() for name, gradient in gradients.items()}}
 
 
 def packed(lengths):
