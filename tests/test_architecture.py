@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "gram_engine"
 FLOORS = (
     {"errors", "log", "metrics"},
-    {"files", "install", "kernels", "platform"},
+    {"checksums", "files", "install", "kernels", "platform"},
     {"config"},
     {"data", "model"},
     {"checkpoint", "hf", "objectives", "planning"},

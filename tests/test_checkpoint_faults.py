@@ -53,7 +53,7 @@ def save_steps(config, folder, steps, resumed_from=None, **options):
 
     start_model_parallel(config)
     for step in steps:
-        save(with_flags(config, folder, **options), step, resumed_from=resumed_from).close()
+        save(with_flags(config, folder, **options), step, resumed_from=resumed_from).finish()
     return sorted(path.name for path in Path(folder).glob("iter_*"))
 
 

@@ -1,12 +1,12 @@
-"""The folder of a run's checkpoints, without megatron-core: names of its files, how one becomes visible, what lies beside.
+"""The folder of a run's checkpoints, without megatron-core: file names, publication, metadata files, pruning.
 
     FOLDER/latest_checkpointed_iteration.txt    written last
-    FOLDER/iter_0000100/                        written as iter_0000100.NAME.tmp, renamed when whole
+    FOLDER/iter_0000100/                        written as iter_0000100.NAME.tmp, renamed when complete
         __0_0.distcp ... .metadata common.pt    model and optimizer (sharded), schedule and position
         run_config.yaml data_manifest.json template.yaml tokenizer/
-        source/                                 config.json and generation_config.json of the Hugging Face folder it began from
+        source/                                 config.json and generation_config.json of the Hugging Face folder of --load-hf
         integrity.json                          size and checksum of every file (integrity.py)
-    FOLDER/iter_0000100.old/                    for a moment, while step 100 is saved anew
+    FOLDER/iter_0000100.old/                    for a moment, while step 100 is saved again
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ NAME = re.compile(r"iter_(\d{7,})(\.old)?")
 
 
 def checkpoint_folders(folder: str | Path) -> list[Path]:
-    """Checkpoints of a run, whole or damaged, in the order in which to try them; `folder` itself where it is one.
+    """Checkpoints of a run, intact or damaged, in the order in which to try them; `folder` itself if it is a checkpoint.
 
-    First comes the one that the tracker file names (also when it is missing), then those before it, newest first, then
-    those after it: somebody went back behind them, or a kill came just before the tracker was written.
+    First comes the one that the tracker file names (even if it is missing), then earlier ones, newest first, then later ones:
+    those exist if somebody resumed from an earlier step, or if the run was killed just before the tracker was written.
     """
     folder = Path(folder)
     if any((folder / name).is_file() for name in (METADATA, INTEGRITY, RUN_CONFIG)):
@@ -48,7 +48,7 @@ def checkpoint_folders(folder: str | Path) -> list[Path]:
     for entry in sorted(folder.glob("iter_*")):
         match = NAME.fullmatch(entry.name)
         if match and entry.is_dir():
-            found.setdefault(int(match[1]), entry)  # .old, sorted behind, counts where the other is missing
+            found.setdefault(int(match[1]), entry)  # iter_N.old is sorted behind iter_N, and counts only if that is missing
     latest = _tracked(folder / TRACKER, max(found, default=None))
     if latest is None:
         return []
@@ -57,7 +57,7 @@ def checkpoint_folders(folder: str | Path) -> list[Path]:
 
 
 def _tracked(tracker: Path, newest: int | None) -> int | None:
-    """The step that the tracker file names; the newest where there is no such file, or not with a number in it."""
+    """The step that the tracker file names; `newest` if there is no such file or it holds no number."""
     if not tracker.is_file():
         return newest
     content = tracker.read_bytes().strip()
@@ -70,7 +70,7 @@ def _tracked(tracker: Path, newest: int | None) -> int | None:
 
 
 def candidates(folder: str | Path) -> list[Path]:
-    """The complete checkpoints among `checkpoint_folders`, in its order; [] where no run has saved anything yet.
+    """The complete checkpoints among `checkpoint_folders`, in the same order; [] if no run has saved anything yet.
 
     Raises:
         CheckpointError: runs have saved here, but no checkpoint is complete.
@@ -83,17 +83,17 @@ def candidates(folder: str | Path) -> list[Path]:
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint that is tried first, whole or not; None where no run has saved anything yet."""
+    """The first of `checkpoint_folders`, intact or not; None if no run has saved anything yet."""
     return next(iter(checkpoint_folders(folder)), None)
 
 
 def iteration_folder(folder: str | Path, iteration: int) -> Path:
-    """Where the checkpoint of one step lies."""
+    """Path of the checkpoint of one step."""
     return Path(folder) / f"iter_{iteration:07d}"
 
 
 def run_config_of(checkpoint: str | Path) -> Config:
-    """The resolved configuration that a checkpoint was saved with.
+    """The resolved configuration of the run that saved a checkpoint.
 
     Raises:
         DamagedCheckpoint: the file is missing, damaged, or not of this engine.
@@ -114,8 +114,8 @@ def run_config_of(checkpoint: str | Path) -> Config:
     raise DamagedCheckpoint(f"{path} is damaged, or not of this engine ({reason}).")
 
 
-def write_companions(folder: Path, config: Config, manifest: dict, tokenizer: Tokenizer) -> None:
-    """What a checkpoint needs beside its tensors to be understood, and exported, later."""
+def write_metadata_files(folder: Path, config: Config, manifest: dict, tokenizer: Tokenizer) -> None:
+    """Write what loading and exporting a checkpoint need besides its tensors: configuration, data manifest, tokenizer ..."""
     config.save(folder / RUN_CONFIG)
     with write_atomically(folder / DATA_MANIFEST) as handle:
         json.dump(manifest, handle, indent=1)
@@ -132,7 +132,7 @@ def write_companions(folder: Path, config: Config, manifest: dict, tokenizer: To
 
 
 def _source(config: Config) -> Path | None:
-    """The Hugging Face folder's files, from itself or from the checkpoint that this run began with."""
+    """Folder with SOURCE_FILES: --load-hf, or the source/ folder of the checkpoint that this run started from."""
     if config.model.load_hf:
         return Path(config.model.load_hf)
     for start in filter(None, (config.checkpoint.load, config.checkpoint.pretrained_checkpoint)):
@@ -143,7 +143,7 @@ def _source(config: Config) -> Path | None:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Give a whole checkpoint, which is on disk, its name; then point the tracker at it."""
+    """Rename a complete checkpoint, which is on disk, to its final name; then write that to the tracker file."""
     replaced = final.with_suffix(".old")
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -157,7 +157,7 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Tidy up after a process that was killed while it saved, or while it removed an old checkpoint."""
+    """Clean up after a process that was killed while it saved, or while it removed an old checkpoint."""
     for entry in folder.glob("iter_*.tmp"):
         shutil.rmtree(entry, ignore_errors=True)
     for entry in folder.glob(f".{TRACKER}.*.tmp"):
@@ -171,7 +171,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def prune(folder: Path, keep_last: int | None, keep_every: int | None, protected: Collection[Path]) -> None:
-    """Remove complete checkpoints but the newest `keep_last`, those of multiples of `keep_every`, and the protected."""
+    """Remove complete checkpoints, except the newest `keep_last`, steps that are multiples of `keep_every`, and `protected`."""
     if keep_last is None:
         return
     named = [NAME.fullmatch(path.parent.name) for path in folder.glob(f"iter_*/{METADATA}")]
@@ -181,5 +181,6 @@ def prune(folder: Path, keep_last: int | None, keep_every: int | None, protected
     for number in sorted(set(numbers) - kept):
         path = iteration_folder(folder, number)
         if path.resolve() not in safe:
-            unnamed = path.rename(path.with_suffix(".pruned.tmp"))  # never half a checkpoint under a checkpoint's name
+            # Renamed first, so that a kill leaves no half removed checkpoint under a checkpoint's name.
+            unnamed = path.rename(path.with_suffix(".pruned.tmp"))
             shutil.rmtree(unnamed, ignore_errors=True)

@@ -1,14 +1,14 @@
-"""One training at a time in a --save folder, on one machine or on several that share the folder.
+"""Only one run at a time saves to a --save folder, on one machine or on several that share the folder.
 
-    FOLDER/.run_lock/NAME    JSON: which process saves here, and a counter that it raises; every run draws a NAME of its own
+    FOLDER/.run_lock/NAME    record (JSON): which process saves here, and a counter that it increments; each run draws a NAME
 
-Whose record lies in `.run_lock` may save. Each change is one call that the file server carries out whole, on names that belong
-to one run only, so no order of calls of several starters gives two holders, and a kill between two calls locks nobody out:
+The run whose record is in `.run_lock` holds the lock. Every change is one atomic file system call on names that only one run
+uses, so that no interleaving of several starting runs gives two holders, and a kill between two calls locks nobody out:
 
-    claim          rename a private folder with the record to `.run_lock`, which fails while that holds anything
-    give way       move the record NAME out of `.run_lock`; that of a later holder has another name and cannot be hit
+    acquire        rename a private folder that holds the record to `.run_lock`, which fails unless that is empty or missing
+    release        move the record NAME out of `.run_lock`; the record of a later holder has another name and stays
 
-Neither flock, which some shared file systems lack, nor clocks, which differ between machines, nor hard links are relied on.
+The lock does not use flock (some shared file systems lack it), nor clocks (they differ between machines), nor hard links.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from typing import Iterator
 
 from gram_engine.errors import CheckpointError, ConfigError, one_line
 from gram_engine.log import log, redact
-from gram_engine.platform.agreement import from_main
+from gram_engine.platform.agreement import run_on_rank0
 
 LOCK = ".run_lock"
 BEAT_SECONDS = 10.0
-"""Between two counts of a holder."""
+"""Interval at which the holder increments its counter."""
 LOOK_SECONDS, LOOKS = 1.0, 45
-"""A record of another machine that is the same at so many looks in a row is of a run that has ended."""
+"""If another machine's record does not change between this many looks, one every LOOK_SECONDS, its run has ended."""
 RETRY_SECONDS = 0.1
 
 COMMAND_LETTERS = 120
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
-"""What a rename to `.run_lock` gives where another run holds it; ENOENT where NFS lost its answer and asked again."""
+"""Errors of a rename to `.run_lock` if another run holds it; ENOENT if NFS repeated a rename whose answer was lost."""
 GONE = (errno.ENOENT, errno.ESTALE)
 
 
 @contextlib.contextmanager
 def only_run_in(folder: str | None) -> Iterator[RunLock | None]:
-    """Hold the lock of --save while the block runs; None without --save. Every process calls it, the main process holds.
+    """Hold the lock of the --save folder while the block runs; yields None without --save. Collective; rank 0 holds the lock.
 
     Raises:
-        ConfigError: another run saves there.
+        ConfigError: another run saves to the folder.
         CheckpointError: the folder cannot be written.
     """
     if folder is None:
@@ -56,20 +56,20 @@ def only_run_in(folder: str | None) -> Iterator[RunLock | None]:
         return
     lock = RunLock(folder)
     try:
-        from_main(lock.acquire, f"--save {folder} cannot be written", "Mend it, or give another folder.")
+        run_on_rank0(lock.acquire, f"--save {folder} cannot be written", "Make it writable, or give another folder.")
         yield lock
     finally:
         lock.release()
 
 
 class RunLock:
-    """The right of one run to save into `folder`. `acquire` it, `check` before each change, `release` it at the end."""
+    """The lock of `folder`: `acquire` it, `check` before each save that it is still held, `release` it at the end."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.place = self.folder / LOCK
+        self.lock_folder = self.folder / LOCK
         self.name = uuid.uuid4().hex
-        self.record = self.place / self.name
+        self.record = self.lock_folder / self.name
         self.private = self.folder / f"{LOCK}.{self.name}.tmp"
         command = redact(" ".join(sys.argv))[:COMMAND_LETTERS]
         self.process = {"host": socket.gethostname(), "pid": os.getpid(), "command": command}
@@ -80,39 +80,39 @@ class RunLock:
         self.thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Become the holder, at once or, where one of another machine may have died, after watching its record.
+        """Take the lock: at once, or, if a run of another machine holds it and may have died, after watching its record.
 
         Raises:
-            ConfigError: another run holds the folder.
+            ConfigError: another run holds the lock.
             OSError: the folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         while not self._claim():
             for record in self._records():
-                self._see_dead(record)
+                self._wait_until_dead(record)
                 self._remove(record)
             time.sleep(RETRY_SECONDS)
-        self._tidy_up()
-        self.thread = threading.Thread(target=self._count_on, name="run lock", daemon=True)
+        self._remove_leftovers()
+        self.thread = threading.Thread(target=self._keep_counting, name="run lock", daemon=True)
         self.thread.start()
 
     def check(self) -> None:
-        """Make sure that the folder is still this run's.
+        """Check that this run still holds the lock.
 
         Raises:
-            CheckpointError: another run has taken it over.
+            CheckpointError: another run has taken it.
             OSError: the record cannot be read or written.
         """
         self._count()
         if self.lost:
             holder = next((_named(_parse(_read(record))) for record in self._records()), "another run")
             raise CheckpointError(
-                f"{self.folder}: {holder} has taken the folder over, as this run stood still for long. It saves nothing more "
-                "here. The other's checkpoints are whole: go on with them, or begin anew with another --save."
+                f"{self.folder}: {holder} has taken the folder over, because this run stood still for too long. It saves "
+                "nothing more here. The other run's checkpoints are intact: resume from them, or start again with another --save."
             )
 
     def release(self) -> None:
-        """Give the folder free, if it is this run's. May be called twice, and without `acquire`."""
+        """Release the lock, if this run holds it. May be called twice, and without `acquire`."""
         if self.thread is None:
             return
         with self.mutex, contextlib.suppress(OSError):
@@ -123,7 +123,7 @@ class RunLock:
         self.private.mkdir()
         try:
             (self.private / self.name).write_bytes(self._content())
-            self.private.rename(self.place)
+            self.private.rename(self.lock_folder)
         except OSError as error:
             if error.errno not in TAKEN:
                 raise
@@ -132,17 +132,17 @@ class RunLock:
         return self.record.exists()
 
     def _content(self) -> bytes:
-        """The record, of the same length at each count, so that it is never seen half written."""
+        """The record; its length never changes, so that no reader sees it half written."""
         return json.dumps({"counter": f"{self.counter:012}", **self.process}).encode()
 
     def _records(self) -> list[Path]:
         try:
-            return sorted(self.place.iterdir())
+            return sorted(self.lock_folder.iterdir())
         except FileNotFoundError:
             return []
 
-    def _see_dead(self, record: Path) -> None:
-        """Return when the record is of a run that has ended, or is gone."""
+    def _wait_until_dead(self, record: Path) -> None:
+        """Return once the run of a record has ended or the record is gone; raise ConfigError if the run is alive."""
         content = _read(record)
         if content is None:
             return
@@ -150,7 +150,7 @@ class RunLock:
         alive = _alive(holder)
         if alive is None:
             log(
-                f"--save {self.folder}: {_named(holder)} has saved here. Whether it still runs cannot be told from here: "
+                f"--save {self.folder}: {_named(holder)} has saved here. Whether it still runs cannot be seen from here: "
                 f"its record is watched, for up to {LOOKS * LOOK_SECONDS:.0f} s."
             )
             alive = _moves(record, content)
@@ -162,24 +162,25 @@ class RunLock:
 
     def _remove(self, record: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
-            record.rename(self.private)  # NFS keeps a file that somebody reads, under another name, where it is unlinked
+            # Not unlinked there: NFS would keep a file that somebody has open in the folder, under another name.
+            record.rename(self.private)
         self.private.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # another run has come
-            self.place.rmdir()
+        with contextlib.suppress(OSError):  # another run has acquired the lock
+            self.lock_folder.rmdir()
 
-    def _tidy_up(self) -> None:
-        """Remove what starters that were killed left. One that lives meets it as if its claim had failed, as it would."""
+    def _remove_leftovers(self) -> None:
+        """Remove private folders of starting runs that were killed. To one that is alive, it is as if its claim had failed."""
         for left in self.folder.glob(f"{LOCK}.*.tmp"):
             with contextlib.suppress(OSError):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
-    def _count_on(self) -> None:
+    def _keep_counting(self) -> None:
         while not self.ended.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # the next one, or the next save, finds out
+            with contextlib.suppress(OSError):  # the next count, or the next save, will notice
                 self._count()
 
     def _count(self) -> None:
-        """Raise the counter. A record that somebody removed is made anew, unless another run has come."""
+        """Increment the counter. A record that somebody removed is written again, unless another run holds the lock."""
         with self.mutex:
             if self.lost or self.ended.is_set():
                 return
@@ -195,9 +196,9 @@ class RunLock:
 
 
 def machine() -> list | None:
-    """Where a process is known by its number and start: the boot, the PID namespace and the user. None where it is not."""
+    """The scope in which a process id and start time identify a process: host, boot, PID namespace, user. None if unknown."""
     try:
-        if os.readlink("/proc/self") != str(os.getpid()):  # /proc shows another namespace
+        if os.readlink("/proc/self") != str(os.getpid()):  # /proc is of another PID namespace
             return None
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return [socket.gethostname(), boot, os.readlink("/proc/self/ns/pid"), os.getuid()]
@@ -206,7 +207,7 @@ def machine() -> list | None:
 
 
 def started(pid: int) -> int | None:
-    """Clock ticks from boot to the start of a process, which no change of the clock moves; None where it has ended."""
+    """Clock ticks from boot to the start of a process, independent of clock changes; None if the process has ended."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
@@ -215,14 +216,14 @@ def started(pid: int) -> int | None:
 
 
 def _alive(holder: dict) -> bool | None:
-    """Whether a record's process runs; None where that cannot be known."""
+    """Whether the process of a record runs; None if that cannot be known from this machine."""
     if holder.get("machine") is None or holder["machine"] != machine():
         return None
     return holder.get("started") == started(holder["pid"])
 
 
 def _moves(record: Path, content: bytes) -> bool:
-    """Whether somebody writes the record. Looks are counted, not seconds: a look may wait for a file server that is down."""
+    """Whether a record changes. Looks are counted, not seconds, because a look may wait for a file server that is down."""
     for _ in range(LOOKS):
         time.sleep(LOOK_SECONDS)
         now = _read(record)
@@ -241,7 +242,7 @@ def _read(record: Path) -> bytes | None:
 
 
 def _parse(content: bytes | None) -> dict:
-    """The fields of a record; {} of one that is damaged or gone."""
+    """The fields of a record; {} if it is damaged or gone."""
     try:
         found = json.loads(content or b"")
     except (ValueError, RecursionError):

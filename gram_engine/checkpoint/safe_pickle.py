@@ -1,14 +1,14 @@
-"""Checkpoints that would run code when they are loaded are refused before anything of them is unpickled.
+"""Refuses checkpoints that would run code when they are loaded, before anything in them is unpickled.
 
-A checkpoint holds pickles, and a pickle can call whatever it names:
+A checkpoint holds pickles, and a pickle can call any function that it names:
 
     .metadata                     pickle.load, by torch's FileSystemReader
     common.pt                     torch.load, by megatron-core (weights only, unless an environment variable says otherwise)
     objects in the shards         torch.load with weights_only=False, by torch's load planner
     byte tensors of such objects  pickle.loads, by Transformer Engine 2.11 (its `_extra_state`)
 
-Tensors themselves are read with weights_only=True. The check goes through each pickle with stand-ins that do nothing in the
-place of what it names, and refuses every name that no checkpoint of the engine needs.
+Tensors themselves are read with weights_only=True. The check unpickles everything with a class that does nothing in place of
+each function or class that is named, and refuses every name that is not in ALLOWED (what checkpoints of the engine contain).
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ NAMES = {(module, name) for module, names in ALLOWED.items() for name in names.s
 
 
 class _Forbidden(Exception):
-    """A pickle names something that no checkpoint needs."""
+    """A pickle names something that is not in checkpoints of the engine."""
 
 
 def check_no_code(checkpoint: Path, part: int = 0, parts: int = 1) -> None:
     """Refuse a checkpoint whose files would run code when they are loaded.
 
     Args:
-        part, parts: with several processes, each looks through its share of the objects in the shards.
+        part, parts: of several processes, each checks its share of the objects in the shards.
 
     Raises:
-        CheckpointError: one would; the text names the file and what it would call.
+        CheckpointError: a file would run code; the text names the file and what it would call.
         DamagedCheckpoint: a file cannot be read.
     """
     metadata = read_metadata(checkpoint)
@@ -68,7 +68,7 @@ def check_no_code(checkpoint: Path, part: int = 0, parts: int = 1) -> None:
 
 
 def _objects(metadata: Metadata) -> list:
-    """Where the objects lie that are no tensors."""
+    """Positions (_StorageInfo) in the shards of all objects that are not tensors."""
     keys = sorted(key for key, kind in metadata.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata))
     found = [metadata.storage_data[MetadataIndex(key)] for key in keys]
     if any(getattr(stored, "transform_descriptors", None) for stored in found):
@@ -77,7 +77,7 @@ def _objects(metadata: Metadata) -> list:
 
 
 def read_metadata(checkpoint: Path) -> Metadata:
-    """A checkpoint's .metadata: which tensors it holds, and where.
+    """Read .metadata: which tensors a checkpoint holds, and their positions in the files.
 
     Raises:
         CheckpointError, DamagedCheckpoint: as for `check_no_code`.
@@ -97,10 +97,10 @@ def read_metadata(checkpoint: Path) -> Metadata:
 
 
 def shard_path(checkpoint: Path, stored) -> Path:
-    """The file that a _StorageInfo names.
+    """Path of the file that a _StorageInfo names.
 
     Raises:
-        CheckpointError: it lies outside the checkpoint.
+        CheckpointError: it is outside the checkpoint.
     """
     path = checkpoint / stored.relative_path
     if path.parent != checkpoint:
@@ -109,7 +109,7 @@ def shard_path(checkpoint: Path, stored) -> Path:
 
 
 def _check(path: Path, act):
-    """act(), with everything that a damaged pickle can raise as one error that names the file."""
+    """Call act(); whatever a damaged pickle raises becomes a DamagedCheckpoint that names the file."""
     try:
         return act()
     except _Forbidden as error:
@@ -121,12 +121,12 @@ def _check(path: Path, act):
 
 
 class _Names(pickle.Unpickler):
-    """Goes through a pickle and calls nothing: what it names is replaced by a class that does nothing."""
+    """Unpickles without calling anything: everything that the pickle names is replaced by a class that does nothing."""
 
     def __init__(self, file: IO[bytes]):
         super().__init__(file)
 
-        class StandIn:  # one for each pickle, which may set its attributes
+        class StandIn:  # a new one for each pickle, which may set attributes of the class
             def __new__(cls, *_, **__):
                 return super().__new__(cls)
 
@@ -157,14 +157,14 @@ def _check_pickle(file: IO[bytes]) -> None:
 
 
 def _check_nested(content) -> None:
-    """A tensor in a plain pickle is a torch file in its turn."""
+    """A tensor in a plain pickle is stored as the content of a torch.save file."""
     if not isinstance(content, bytes):
         raise _Forbidden("torch.storage._load_from_bytes with computed bytes")
     _check_torch_file(content)
 
 
 def _check_torch_file(content: bytes) -> None:
-    """What torch.save writes, read by torch's own reader so that it is what torch.load will see."""
+    """Check the content of a torch.save file, read by torch's own reader so that torch.load will see the same pickle."""
     if not content.startswith(b"PK\x03\x04"):
         raise ValueError("not a file of torch.save")
     reader = torch._C.PyTorchFileReader(io.BytesIO(content))

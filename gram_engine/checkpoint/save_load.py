@@ -1,7 +1,7 @@
-"""Checkpoints in megatron-core's torch_dist format: saved at one layout, loaded at any other. Files: checkpoint_folder.py.
+"""Checkpoints in megatron-core's torch_dist format: saved with one parallel layout, loaded with any other. Files: folder.py.
 
-No random number is drawn after initialisation (dropouts are 0, the data order is a function of seed and position), so
-weights, optimizer, schedule and position are all that an exact resume needs.
+No random number is drawn after initialisation (dropout is 0, the data order is a function of seed and position), so weights,
+optimizer, schedule and position are all that an exact resume needs.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from gram_engine.checkpoint.folder import (
     prune,
     remove_leftovers,
     run_config_of,
-    write_companions,
+    write_metadata_files,
 )
 from gram_engine.checkpoint.integrity import INTEGRITY, DamagedCheckpoint, check_extents, verify
 from gram_engine.checkpoint.run_lock import RunLock
 from gram_engine.checkpoint.safe_pickle import check_no_code, read_metadata
-from gram_engine.checkpoint.writer import Writing
+from gram_engine.checkpoint.writer import PendingCheckpoint
 from gram_engine.config.schema import Config
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import CheckpointError, GramError
@@ -42,18 +42,18 @@ from gram_engine.log import log
 from gram_engine.model.lora import check_adapters, is_adapter
 from gram_engine.model.reward_model import unwrap
 from gram_engine.model.scalar_head import SCALAR_HEAD
-from gram_engine.platform.agreement import from_main, shared, together
+from gram_engine.platform.agreement import all_gather, raise_on_any_rank, run_on_rank0
 from gram_engine.platform.stack import load_strategy
 
 __all__ = ["CheckpointSaver", "TrainState", "candidates", "latest_checkpoint", "load_checkpoint", "load_weights"]
 
 T = TypeVar("T")
 
-# Optimizer state by parameter in model space: the layout that can be loaded at any TP, PP and DP.
+# Optimizer state by model parameter: the format that can be loaded with any TP, PP and DP.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 EXTRA_STATE = "_extra_state"
-"""End of the keys of Transformer Engine's scaling factors; without them FP8 starts as it does in a new run."""
+"""Suffix of the keys of Transformer Engine's scaling factors; without them FP8 starts as in a new run."""
 
 SHAPE_FIELDS = (
     "num_layers",
@@ -67,101 +67,97 @@ SHAPE_FIELDS = (
     "qk_layernorm",
 )
 
-
 DRAIN_SECONDS = 300.0
-"""How long a process that ends by an error waits for its part of a checkpoint that is being written."""
+"""How long a process that ends with an error waits for its part of a checkpoint that is being written."""
 
 
 @dataclass
 class TrainState:
-    """How far a run has come."""
+    """Position of a run."""
 
     iteration: int = 0
     consumed_samples: int = 0
     resumed_from: Path | None = None
-    """The checkpoint that this run goes on from, which --keep-last spares."""
+    """The checkpoint that this run resumed from, which --keep-last does not remove."""
 
     def position(self) -> dict[str, int]:
-        """What a checkpoint holds of it."""
+        """The part that is stored in a checkpoint."""
         return {"iteration": self.iteration, "consumed_samples": self.consumed_samples}
 
 
 class CheckpointSaver:
-    """Writes checkpoints of one run, in the foreground or (--async-save) behind the training steps.
+    """Writes checkpoints of one run, in the foreground or (--async-save) while training goes on.
 
-    Every process calls every method, but `drain`. A checkpoint counts once its folder has its final name; what goes wrong
-    before leaves the older ones as they were.
+    All methods but `drain` are collective. A checkpoint becomes visible when its folder gets its final name; a failure before
+    that leaves the older checkpoints unchanged.
     """
 
     def __init__(self, config: Config, data_manifest: dict):
         self.config = config
         self.data_manifest = data_manifest
         self.tokenizer: Tokenizer | None = None
-        self.writing: Writing | None = None
+        self.pending: PendingCheckpoint | None = None
         self.resumed_from: Path | None = None
         self.lock: RunLock | None = None
 
     def save(self, state: TrainState, model: list, optimizer, scheduler) -> None:
-        """Save to --save, or begin to.
+        """Save to --save, or with --async-save start to.
 
         Raises:
-            CheckpointError: there is too little room, or a process cannot write; also of the save before, in background.
+            CheckpointError: the disk is too full, or a process cannot write; also if the previous save, in the background,
+                failed.
         """
         self.finish()
         final = iteration_folder(self.config.checkpoint.save, state.iteration)
         failure = self._failure(final)
-        temporary = from_main(lambda: self._prepare(final), *failure)
+        temporary = run_on_rank0(lambda: self._prepare(final), *failure)
         try:
             content = {**_sharded_state(model, optimizer, scheduler, state), "content_metadata": METADATA}
-            writing = Writing(content, temporary, final)
-            total_bytes = sum(shared(writing.nbytes))
-            together(lambda: writing.check_room(total_bytes), *failure)
+            pending = PendingCheckpoint(content, temporary, final)
+            total_bytes = sum(all_gather(pending.nbytes))
+            raise_on_any_rank(lambda: pending.check_room(total_bytes), *failure)
             in_background = self.config.checkpoint.async_save
-            together(lambda: writing.write(self._write_companions, in_background), *failure)
+            raise_on_any_rank(lambda: pending.write(self._write_metadata_files, in_background), *failure)
         except GramError:
             _discard(temporary)
             raise
-        self.writing, self.resumed_from = writing, state.resumed_from
+        self.pending, self.resumed_from = pending, state.resumed_from
         if not in_background:
             self.finish()
 
     def finish(self, blocking: bool = True) -> None:
-        """Publish what is written; wait for it when `blocking`.
+        """Complete the checkpoint that is being written, if there is one; unless `blocking`, only if all its files are written.
 
         Raises:
             CheckpointError: a process could not write.
         """
-        writing = self.writing
-        if writing is None or (not blocking and any(shared(writing.running()))):
+        pending = self.pending
+        if pending is None or (not blocking and any(all_gather(pending.running()))):
             return
-        self.writing = None
-        failure = self._failure(writing.final)
+        self.pending = None
+        failure = self._failure(pending.final)
         try:
-            together(writing.wait, *failure)
-            from_main(lambda: self._complete(writing), *failure)
+            raise_on_any_rank(pending.wait, *failure)
+            run_on_rank0(lambda: self._complete(pending), *failure)
         except GramError:
-            _discard(writing.temporary)
+            _discard(pending.temporary)
             raise
 
-    def close(self) -> None:
-        """At the end of training: as `finish`."""
-        self.finish()
-
     def drain(self) -> None:
-        """When training ends by an error: publish what every process has written, without asking the others. Never raises."""
-        writing, self.writing = self.writing, None
-        if writing is None:
+        """Complete the checkpoint that is being written when training ends with an error. Not collective; never raises."""
+        pending, self.pending = self.pending, None
+        if pending is None:
             return
         try:
-            writing.wait(DRAIN_SECONDS)
-            if writing.rank == 0:
-                self._complete(writing)
-                log(f"saved {writing.final}, which was being written when training ended")
+            pending.wait(DRAIN_SECONDS)
+            if pending.rank == 0:
+                self._complete(pending)
+                log(f"saved {pending.final}, which was being written when training ended")
         except Exception as error:
-            log(f"WARNING: {writing.final} was being written when training ended, and cannot be completed: {error}")
+            log(f"WARNING: {pending.final} was being written when training ended, and cannot be completed: {error}")
 
     def _failure(self, final: Path) -> tuple[str, str]:
-        remedy = f"Older checkpoints are as they were: make room or mend the disk, then go on with --load {final.parent}"
+        remedy = f"Older checkpoints are unchanged: free space or repair the disk, then resume with --load {final.parent}"
         return f"{final} cannot be saved", f"{remedy}."
 
     def _prepare(self, final: Path) -> Path:
@@ -170,25 +166,25 @@ class CheckpointSaver:
         remove_leftovers(final.parent)
         if self.tokenizer is None:
             self.tokenizer = Tokenizer.load(self.config.data.tokenizer_type, self.config.data.tokenizer_model)
-        # A name of its own: the writer of a run that was killed may still be at work.
+        # A unique name: the writer process of a run that was killed may still be writing.
         temporary = final.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
         temporary.mkdir()
         return temporary
 
-    def _write_companions(self, folder: Path) -> None:
-        write_companions(folder, self.config, self.data_manifest, self.tokenizer)
+    def _write_metadata_files(self, folder: Path) -> None:
+        write_metadata_files(folder, self.config, self.data_manifest, self.tokenizer)
 
     def _check_lock(self) -> None:
         if self.lock is not None:
             self.lock.check()
 
-    def _complete(self, writing: Writing) -> None:
+    def _complete(self, pending: PendingCheckpoint) -> None:
         self._check_lock()
-        writing.complete()
+        pending.complete()
         options = self.config.checkpoint
-        protected = [writing.final, *filter(None, [self.resumed_from])]
+        protected = [pending.final, *filter(None, [self.resumed_from])]
         try:
-            prune(writing.final.parent, options.keep_last, options.keep_every, protected)
+            prune(pending.final.parent, options.keep_last, options.keep_every, protected)
         except OSError as error:
             log(f"WARNING: --keep-last cannot remove old checkpoints: {error}")
 
@@ -199,14 +195,14 @@ def _discard(temporary: Path) -> None:
 
 
 def load_checkpoint(folder: str | Path, model: list, optimizer, scheduler, config: Config) -> TrainState:
-    """Restore model, optimizer, schedule and position from the newest checkpoint in `folder`, saved at any layout.
+    """Restore model, optimizer, schedule and position from the newest checkpoint in `folder`, whatever layout saved it.
 
-    A damaged one is named and passed over for the one before it. With --no-load-optim only weights and position come back;
-    the optimizer and the schedule start anew.
+    If it is damaged, the log names it and the one before it is loaded. With --no-load-optim only weights and position are
+    loaded; optimizer and schedule start as in a new run.
 
     Raises:
-        CheckpointError: there is none, it is of another shape, would run code, or cannot be read; with --strict-load also
-            the newest is damaged.
+        CheckpointError: there is none, or it is of a model of another shape, would run code, or cannot be read; with
+            --strict-load also if the newest is damaged.
     """
     optimizer = optimizer if config.checkpoint.load_optim else None
 
@@ -233,9 +229,9 @@ def _check_freeze(path: Path, config: Config) -> None:
 
 
 def load_weights(folder: str | Path, model: list, config: Config) -> None:
-    """Restore the weights alone, as a starting point for another run.
+    """Restore the weights alone, to start another run from them.
 
-    A scalar head keeps its random start where the checkpoint is a language model's, and so do adapters where it has none.
+    A scalar head keeps its random values if the checkpoint is of a language model, and so do adapters if it has none.
 
     Raises:
         CheckpointError: as for `load_checkpoint`.
@@ -251,17 +247,18 @@ def load_weights(folder: str | Path, model: list, config: Config) -> None:
 
 
 def _from_newest(folder: str | Path, config: Config, resuming: bool, restore: Callable[[Path, bool], T]) -> T:
-    """restore(path, verified) of the newest checkpoint that is whole; every process takes the same."""
-    paths = from_main(lambda: checkpoint_folders(folder), f"{folder} cannot be read")
+    """Call restore(path, verified) for the newest intact checkpoint, the same on every process."""
+    paths = run_on_rank0(lambda: checkpoint_folders(folder), f"{folder} cannot be read")
     if not paths:
         raise CheckpointError(f"{folder}: no checkpoint here ({TRACKER} is missing). Check the path.")
     damaged: list[DamagedCheckpoint] = []
     for path in paths:
         try:
-            verified = all(shared(together(lambda path=path: _check(path, config, resuming), f"{path} cannot be read")))
+            checked = raise_on_any_rank(lambda path=path: _check(path, config, resuming), f"{path} cannot be read")
+            verified = all(all_gather(checked))
             if damaged:
                 log("\n".join(f"WARNING: DAMAGED CHECKPOINT: {error}" for error in damaged))
-                log(f"WARNING: {path} is used instead. Newer steps are lost: they are trained again.")
+                log(f"WARNING: {path} is used instead. The steps after it are lost and will be trained again.")
             if not verified:
                 log(f"{path} is from before there were checksums: it is read without {INTEGRITY}.")
             return restore(path, verified)
@@ -275,7 +272,7 @@ def _from_newest(folder: str | Path, config: Config, resuming: bool, restore: Ca
 
 
 def _check(path: Path, config: Config, resuming: bool) -> bool:
-    """Refuse what is damaged, would run code, or does not fit this run; False where there are no checksums."""
+    """Refuse a checkpoint that is damaged, would run code, or does not fit this run. Returns whether it has checksums."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     verified = verify(path, rank, world_size)
     check_no_code(path, rank, world_size)
@@ -300,7 +297,12 @@ def _check(path: Path, config: Config, resuming: bool) -> bool:
 
 
 def _read(path: Path, sharded_state: dict, verified: bool, may_lack: str = EXTRA_STATE) -> dict:
-    """What the checkpoint holds of `sharded_state`; Transformer Engine's own state is not in one of local layers."""
+    """Load `sharded_state` from a checkpoint.
+
+    Args:
+        may_lack: suffix of keys that the checkpoint need not have, besides Transformer Engine's extra state, which local
+            layers do not save.
+    """
 
     def read() -> tuple:
         try:
@@ -311,12 +313,12 @@ def _read(path: Path, sharded_state: dict, verified: bool, may_lack: str = EXTRA
                 strict=StrictHandling.RETURN_UNEXPECTED,
             )
         except (CheckpointingException, CheckpointException, OSError, RuntimeError, EOFError) as error:
-            # Verified files that cannot be read do not fit this run; an older checkpoint would not either.
+            # Verified files that cannot be loaded do not fit this run, and nor would those of an older checkpoint.
             kind = CheckpointError if verified else DamagedCheckpoint
-            failures = getattr(error, "failures", {None: [error]})  # torch's: by process, with traceback
+            failures = getattr(error, "failures", {None: [error]})  # of torch's exception: {rank: (error, traceback)}
             raise kind(f"{path}: cannot be loaded: {next(iter(failures.values()))[0]}") from error
 
-    state, _, missing = together(read, f"{path} cannot be read")
+    state, _, missing = raise_on_any_rank(read, f"{path} cannot be read")
     lacking = sorted(key for key in missing if not key.endswith((EXTRA_STATE, may_lack)))
     if lacking:
         raise CheckpointError(f"{path}: cannot be loaded: it holds no {', '.join(lacking[:5])}{' ...' * (len(lacking) > 5)}.")
@@ -334,7 +336,7 @@ def _sharded_model(model: list) -> dict:
 def _sharded_state(model: list, optimizer, scheduler, state: TrainState, loading: bool = False) -> dict:
     sharded = _sharded_model(model)
     if optimizer is not None:
-        # A copy: the optimizer must not see its own entry.
+        # A copy, so that the optimizer does not see its own entry.
         sharded["optimizer"] = optimizer.sharded_state_dict(dict(sharded), is_loading=loading, metadata=METADATA)
         sharded["scheduler"] = scheduler.state_dict()
     sharded["train_state"] = state.position()
@@ -346,4 +348,4 @@ def _load_model(model: list, state: dict, fresh_adapters: bool = False) -> None:
         found = unwrap(chunk).load_state_dict(state[_model_key(model, index)], strict=False)
         unlike = [key for key in (*found.missing_keys, *found.unexpected_keys) if not key.endswith((EXTRA_STATE, SCALAR_HEAD))]
         wrong = [key for key in unlike if not (fresh_adapters and is_adapter(key))]
-        assert not wrong, f"a checkpoint that was read whole does not fit the model: {wrong}"
+        assert not wrong, f"keys of the checkpoint do not fit the model: {wrong}"

@@ -1,4 +1,4 @@
-"""Tensors of a torch_dist checkpoint read and written one at a time, without megatron-core and without a process group."""
+"""Reads and writes tensors of a torch_dist checkpoint one at a time, without megatron-core and without a process group."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from gram_engine.files import write_atomically
 
 UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
 Key = tuple[str, int | None]
-"""A tensor's name in the checkpoint, and the layer where the name stands for all layers stacked."""
+"""Name of a tensor in the checkpoint, and the layer number if that tensor stacks all layers."""
 
 
 class TorchDistCheckpoint:
-    """Tensors of a checkpoint by key and layer, put together from the shards of whatever layout saved them."""
+    """Tensors of a checkpoint by key and layer, assembled from the shards of whatever layout saved them."""
 
     def __init__(self, path: Path):
         self.path = path
         self._metadata = read_metadata(path)
 
     def shape_and_dtype(self, key: str, layer: int | None) -> tuple[tuple[int, ...], torch.dtype]:
-        """Of one whole tensor.
+        """Shape and dtype of one tensor; if the key stacks the layers, of one layer's.
 
         Raises:
-            CheckpointError: it is missing.
+            CheckpointError: the tensor is missing.
         """
         described = self._metadata.state_dict_metadata.get(key)
         if described is None or (layer is not None and layer >= described.size[0]):
@@ -51,10 +51,10 @@ class TorchDistCheckpoint:
         return tuple(size), described.properties.dtype
 
     def tensor(self, key: str, layer: int | None) -> Tensor:
-        """One whole tensor; of a key that stacks the layers, that of one layer.
+        """One whole tensor; if the key stacks the layers, that of one layer.
 
         Raises:
-            CheckpointError: it is missing, a part of it is, or a file cannot be read.
+            CheckpointError: the tensor or a part of it is missing, or a file cannot be read.
         """
         shape, dtype = self.shape_and_dtype(key, layer)
         chunks = [
@@ -69,7 +69,7 @@ class TorchDistCheckpoint:
                 part, offsets = part[layer - offsets[0]], offsets[1:]
             filled += part.numel()
             if tuple(part.shape) == shape:
-                return part  # the usual case of one process costs no copy
+                return part  # saved whole, as by one process: no copy
             if whole is None:
                 whole = torch.empty(shape, dtype=dtype)
             whole[tuple(slice(begin, begin + size) for begin, size in zip(offsets, part.shape))] = part
@@ -94,15 +94,15 @@ class TorchDistCheckpoint:
 
 
 def write_file(path: Path, number: int, tensors: Iterable[tuple[Key, Tensor]]) -> dict[MetadataIndex, _StorageInfo]:
-    """Write one file of a checkpoint; `tensors` are made as they are asked for.
+    """Write one file of a checkpoint, a tensor in memory at a time if `tensors` is a generator.
 
     Args:
         path: the checkpoint's folder.
-        number: of this file among those of the checkpoint.
-        tensors: (key, layer) and the tensor, without the stacking axis.
+        number: number of this file among the files of the checkpoint.
+        tensors: (key, layer) and the tensor, without the axis that stacks the layers.
 
     Returns:
-        where each lies, for `write_metadata`.
+        the position of each tensor in the file, for `write_metadata`.
     """
     name, places = f"__{number}_0.distcp", {}
     with open(path / name, "wb") as handle:
@@ -124,9 +124,12 @@ def write_metadata(
     tensors: dict[str, TensorStorageMetadata],
     objects: Iterable[str],
 ) -> None:
-    """Complete a checkpoint whose files are written.
+    """Write the .metadata of a checkpoint whose tensors are written, and its empty objects.
 
-    `objects` are keys of empty objects: megatron-core's linear layers have one each for Transformer Engine's state.
+    Args:
+        places: what `write_file` returned for all files.
+        tensors: what `describe` returns for each key.
+        objects: keys of empty objects: each linear layer of megatron-core saves one for Transformer Engine's state.
     """
     name, empty = "__objects_0.distcp", io.BytesIO()
     torch.save([None], empty)
@@ -142,7 +145,7 @@ def write_metadata(
 
 
 def describe(shape: tuple[int, ...], dtype: torch.dtype, layers: int | None) -> TensorStorageMetadata:
-    """Metadata of a tensor [shape], or of `layers` of them stacked, a chunk for each."""
+    """Metadata of a tensor [*shape], or of one [layers, *shape] that is stored in a chunk for each layer."""
     if layers is None:
         size, chunks = shape, [ChunkStorageMetadata(torch.Size([0] * len(shape)), torch.Size(shape))]
     else:

@@ -1,9 +1,9 @@
-"""One checkpoint on its way to disk: megatron-core plans which process writes what, here it is written.
+"""Writing one checkpoint: megatron-core plans which process writes which shards, and the code here writes them.
 
-megatron-core's own writing is left out because faults make it hang: it waits without limit for writers that were killed, and
-one process that meets a full disk between two collectives leaves the others waiting.  Here each process, or one it forks,
-writes its shards alone and leaves a receipt beside them; with all receipts there, the main process completes the folder
-without a word to the others.  Only planning needs every process, and nothing is written before it is done.
+megatron-core's own writer is not used because it hangs on faults: it waits without limit for writer processes that were killed,
+and if one process runs out of disk between two collectives, the others wait for it.  Here each process (or one that it forks)
+writes its shards without any collective, and then a receipt file.  Once all receipts exist, rank 0 completes the folder alone.
+Only planning is collective, and it ends before anything is written.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
 
 from gram_engine.checkpoint.folder import publish
-from gram_engine.checkpoint.integrity import SummedFile, seal
+from gram_engine.checkpoint.integrity import seal
+from gram_engine.checksums import ChecksummedFile
 from gram_engine.errors import CheckpointError, GramError
 from gram_engine.files import write_atomically
 from gram_engine.platform.stack import StoredObject, plan_checkpoint
 
 RECEIPT = "receipt_{:05d}.pickle"
 SPARE_BYTES = 64 << 20
-"""Room for what is not in shards: tokenizer, .metadata, headers."""
+"""Disk space for what is not in shards: tokenizer, .metadata, headers."""
 RECEIPT_SECONDS = 60.0
-"""How long another node's receipt may take to be seen here."""
+"""How long a receipt written on another node may take to become visible here."""
 
 
-class Writing:
-    """One checkpoint from its plan to its publication. Every process makes one, together."""
+class PendingCheckpoint:
+    """A checkpoint that is being written. Every process constructs one, collectively."""
 
     def __init__(self, sharded_state: dict, temporary: Path, final: Path):
-        """Plan who writes what (collective). `sharded_state` is what megatron-core's dist_checkpointing.save takes."""
+        """Plan which process writes which shards of `sharded_state`, as megatron-core's dist_checkpointing.save takes it."""
         self.temporary, self.final = temporary, final
         sharded, self.common = save_preprocess(sharded_state)
         self.writer, self.metadata = plan_checkpoint(sharded, temporary)
@@ -49,38 +50,38 @@ class Writing:
         self.background: Background | None = None
 
     def check_room(self, total_bytes: int) -> None:
-        """Refuse to begin where the disk is too full for `total_bytes`, the sum of every process's `nbytes`.
+        """Check that the disk has space for `total_bytes`, the sum of `nbytes` over all processes.
 
         Raises:
-            CheckpointError: with what is needed and what is free.
+            CheckpointError: it has not; the text gives the needed and the free space.
         """
         needed, free = total_bytes + SPARE_BYTES, shutil.disk_usage(self.temporary.parent).free
         if free < needed:
             raise CheckpointError(
                 f"{self.final}: {needed / 1e9:.2f} GB are needed, {self.temporary.parent} has {free / 1e9:.2f} GB free. "
-                "Nothing was written, older checkpoints stay. Make room, keep fewer with --keep-last, or give another --save."
+                "Nothing was written, older checkpoints stay. Free space, keep fewer with --keep-last, or give another --save."
             )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of this process's tensors and objects."""
+        """Bytes of the tensors and objects that this process writes."""
         contents = [part for _, _, parts in self.writer.write_buckets for part in (*parts[0], *parts[1])]
         return sum(data.nbytes if isinstance(data, torch.Tensor) else len(data.getbuffer()) for _, data in contents)
 
-    def write(self, write_companions: Callable[[Path], None], in_background: bool) -> None:
-        """Write this process's files: its shards, and on the main process what lies beside them."""
+    def write(self, write_metadata_files: Callable[[Path], None], in_background: bool) -> None:
+        """Write this process's shards, and on rank 0 the files beside them; `in_background`: in a forked process."""
         buckets = self.writer.preload_tensors(self.writer.write_buckets)
         self.writer.write_buckets = []  # the copies in `buckets` are enough
-        write = lambda: self._write(buckets, write_companions)  # noqa: E731
+        write = lambda: self._write(buckets, write_metadata_files)  # noqa: E731
         if in_background:
             self.background = Background(write)
         else:
             write()
 
-    def _write(self, buckets: list, write_companions: Callable[[Path], None]) -> None:
+    def _write(self, buckets: list, write_metadata_files: Callable[[Path], None]) -> None:
         if self.rank == 0:
-            write_companions(self.temporary)
-            with SummedFile(self.temporary / "common.pt") as file:
+            write_metadata_files(self.temporary)
+            with ChecksummedFile(self.temporary / "common.pt") as file:
                 torch.save(self.common, file)
         with ThreadPoolExecutor(max(1, len(buckets))) as pool:
             written = list(pool.map(self._write_bucket, buckets))
@@ -94,7 +95,7 @@ class Writing:
     def _write_bucket(self, bucket: tuple) -> tuple[list, dict]:
         path, name, (objects, tensors) = bucket
         transforms, form = self.writer.transforms, SerializationFormat.TORCH_SAVE
-        with SummedFile(path) as file:
+        with ChecksummedFile(path) as file:
             contents = (*((item, StoredObject(data.getvalue())) for item, data in objects), *tensors)
             results = [_write_item(transforms, file, data, item, name, form) for item, data in contents]
         return results, file.entry
@@ -104,16 +105,16 @@ class Writing:
         return self.background is not None and self.background.running()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Until this process's files are written.
+        """Wait until this process's files are written.
 
         Raises:
-            OSError: they could not be, or not within `seconds`.
+            OSError: they could not be written, or not within `seconds`.
         """
         if self.background is not None:
             self.background.wait(seconds)
 
     def complete(self) -> None:
-        """Main process: add what follows from all shards, bring the folder to disk, and give it its name."""
+        """On rank 0: write .metadata and integrity.json, flush the folder to disk, and give it its final name."""
         paths = [self.temporary / RECEIPT.format(rank) for rank in range(self.world_size)]
         _wait_for(paths)
         receipts = [pickle.loads(path.read_bytes()) for path in paths]
@@ -130,12 +131,12 @@ def _wait_for(paths: list[Path]) -> None:
     for path in paths:
         while not path.is_file():
             if time.monotonic() > deadline:
-                raise CheckpointError(f"{path} did not appear within {RECEIPT_SECONDS:.0f} s: is the folder seen by all nodes?")
+                raise CheckpointError(f"{path} did not appear within {RECEIPT_SECONDS:.0f} s: do all nodes share the folder?")
             time.sleep(0.1)
 
 
 class Background:
-    """act() in a forked process, which sees this process's memory as it is now."""
+    """Runs act() in a forked process, which has a copy-on-write image of this process's memory."""
 
     def __init__(self, act: Callable[[], None]):
         context = multiprocessing.get_context("fork")
@@ -148,7 +149,7 @@ class Background:
         return self.process.is_alive()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Until it has ended.
+        """Wait until it has ended.
 
         Raises:
             OSError: it failed, was killed, or has not ended within `seconds`.
@@ -161,14 +162,14 @@ class Background:
             error = "the process that wrote it ended early"
         self.process.join()
         if self.process.exitcode:
-            error = f"the process that wrote it ended with {self.process.exitcode} (-9: killed, often for want of memory)"
+            error = f"the process that wrote it ended with {self.process.exitcode} (-9: killed, often because memory ran out)"
         if error:
             raise OSError(error)
 
 
 def _in_background(act: Callable[[], None], answer) -> None:
-    gc.disable()  # objects of the training process, among them CUDA tensors, are not this one's to free
-    for number in (signal.SIGINT, signal.SIGTERM):  # meant for training; this process ends by itself
+    gc.disable()  # this process must not free the training process's objects, such as CUDA tensors
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to end training; this process ends by itself
         signal.signal(number, signal.SIG_IGN)
     error = None
     try:

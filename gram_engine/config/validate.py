@@ -130,7 +130,7 @@ def _check_precision(config: Config):
 
 
 def check_lora(config: Config):
-    """(wrong, message) of each rule of --lora-rank and its companions."""
+    """(wrong, message) of each rule of --lora-rank and the other LoRA flags."""
     model, rank = config.model, config.model.lora_rank
     unused = model.lora_alpha is not None or model.lora_modules != ModelConfig.lora_modules
     yield rank is None and unused, "--lora-alpha and --lora-modules need --lora-rank."

@@ -25,7 +25,7 @@ from gram_engine.checkpoint.torch_dist import TorchDistCheckpoint
 from gram_engine.config.schema import Config
 from gram_engine.convert.jobs import Job, check_room, head_key, in_files, run_jobs
 from gram_engine.convert.merge_lora import merged_tensor
-from gram_engine.convert.metadata_files import label_ids_of, read_evaluation, write_companions
+from gram_engine.convert.metadata_files import label_ids_of, read_evaluation, write_hf_metadata_files
 from gram_engine.errors import CheckpointError, ConfigError
 from gram_engine.files import write_atomically
 from gram_engine.hf.folder import HuggingFaceFolder
@@ -76,7 +76,7 @@ def export_hf(
     try:
         run_jobs(_write_shard, jobs, processes, "write")
         _write_index(temporary, jobs)
-        write_companions(jobs[0], config, head, evaluation)
+        write_hf_metadata_files(jobs[0], config, head, evaluation)
         if verify:
             run_jobs(_verify_shard, jobs, processes, "verify")
         os.replace(temporary, folder)

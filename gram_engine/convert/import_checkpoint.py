@@ -13,7 +13,7 @@ from typing import Iterator, Optional
 import torch
 from torch import Tensor
 
-from gram_engine.checkpoint.folder import iteration_folder, publish, write_companions
+from gram_engine.checkpoint.folder import iteration_folder, publish, write_metadata_files
 from gram_engine.checkpoint.integrity import seal
 from gram_engine.checkpoint.torch_dist import Key, TorchDistCheckpoint, describe, write_file, write_metadata
 from gram_engine.config.schema import Config
@@ -70,7 +70,7 @@ def import_checkpoint(
     temporary.mkdir(parents=True)
     try:
         places = run_jobs(_write, jobs, processes, "write")
-        write_companions(temporary, config, manifest, _tokenizer(config))
+        write_metadata_files(temporary, config, manifest, _tokenizer(config))
         _complete(temporary, config, dtype, {place: where for of_file in places for place, where in of_file.items()})
         if verify:
             run_jobs(_verify, jobs, processes, "verify")

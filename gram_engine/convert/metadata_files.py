@@ -36,7 +36,7 @@ def label_ids_of(path: Path) -> tuple[int, int]:
     return labels
 
 
-def write_companions(job: Job, config: Config, head: str, evaluation: Optional[str]) -> None:
+def write_hf_metadata_files(job: Job, config: Config, head: str, evaluation: Optional[str]) -> None:
     """Write everything but the weights into the job's folder; fields of the folder that training began from are kept.
 
     Args:

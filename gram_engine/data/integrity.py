@@ -1,24 +1,19 @@
 """Whether preprocessed files are those that were written: sizes, checksums and index values, checked when they are opened.
 
-The manifest holds the size of each file and the CRC-32 of each of its blocks, and a CRC-32 of itself.  CRC-32 because it
-finds every fault of a disk or copy (runs of up to 32 wrong bits always, any other damage but for one case in 4 billion),
-is about as fast as disks are (zlib: 1.5 GB/s on one core here, SHA-256 1.0), lets go of the interpreter lock, and blocks
-make it parallel and say where the damage is.  It is no protection against somebody who means harm: who can change the
-data can change its manifest too, which is why index values are checked as well.
+The manifest holds the size of each file and the CRC-32 of each of its blocks, and a CRC-32 of itself.  Blocks are read in
+parallel and show where the damage is.  As whoever can change the data can change its checksums too (checksums.py), index
+values are checked as well before megatron-core uses them.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import struct
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gram_engine.checksums import crc32_of_blocks, crc32_of_json
 from gram_engine.errors import DataError
 
 TOKENS, INDEX, SAMPLES = ".bin", ".idx", ".samples.npy"
@@ -39,19 +34,19 @@ def describe_files(prefix: str | Path) -> dict[str, dict[str, Any]]:
     found = {}
     for ending in ENDINGS:
         path = Path(f"{prefix}{ending}")
-        found[ending] = {"bytes": path.stat().st_size, "crc32": " ".join(block_checksums(path))}
+        found[ending] = {"bytes": path.stat().st_size, "crc32": " ".join(crc32_of_blocks(path, BLOCK_BYTES))}
     return found
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest with a checksum of its own."""
-    return {**manifest, SEAL: _checksum(manifest)}
+    return {**manifest, SEAL: crc32_of_json(manifest)}
 
 
 def check_seal(path: Path, manifest: dict[str, Any]) -> None:
     """Raise DataError where a manifest is not as `sealed` left it."""
     content = {name: value for name, value in manifest.items() if name != SEAL}
-    if manifest.get(SEAL) != _checksum(content):
+    if manifest.get(SEAL) != crc32_of_json(content):
         raise DataError(f"{path}: was changed after it was written (its checksum differs). {AGAIN}")
 
 
@@ -74,7 +69,7 @@ def check_files(prefix: str | Path, described: dict[str, dict[str, Any]], whole:
             raise DataError(f"{path}: {what}: has {size:,} bytes, not {wanted:,} as when it was written. {AGAIN}")
     for ending in ENDINGS if whole else (INDEX, SAMPLES):
         path = Path(f"{prefix}{ending}")
-        wanted, found = described[ending]["crc32"].split(" "), block_checksums(path)
+        wanted, found = described[ending]["crc32"].split(" "), crc32_of_blocks(path, BLOCK_BYTES)
         if found != wanted:
             block = next((number for number, pair in enumerate(zip(found, wanted)) if pair[0] != pair[1]), 0)
             raise DataError(
@@ -116,28 +111,3 @@ def check_index(prefix: str | Path, num_samples: int) -> None:
         raise refuse(f"points outside of {TOKENS} or to another place ({size:,} bytes; from sequence {number:,} on)")
     if not np.array_equal(np.frombuffer(raw, "<i8", documents, _HEADER.size + 12 * sequences), np.arange(documents)):
         raise refuse("its documents are not its sequences")
-
-
-def _checksum(manifest: dict[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(manifest, sort_keys=True).encode()):08x}"
-
-
-def block_checksums(path: Path) -> list[str]:
-    """CRC-32 of each block of BLOCK_BYTES, in hexadecimal, by as many threads as there are cores (8 at most)."""
-    size = path.stat().st_size
-    descriptor = os.open(path, os.O_RDONLY)
-
-    def checksum(start: int) -> str:
-        value, end = 0, min(start + BLOCK_BYTES, size)
-        while start < end:
-            piece = os.pread(descriptor, min(1 << 20, end - start), start)
-            if not piece:
-                break  # the file became shorter: the checksum shows it
-            value, start = zlib.crc32(piece, value), start + len(piece)
-        return f"{value:08x}"
-
-    try:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            return list(pool.map(checksum, range(0, size, BLOCK_BYTES)))
-    finally:
-        os.close(descriptor)

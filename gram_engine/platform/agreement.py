@@ -1,4 +1,7 @@
-"""One outcome for all processes: what one of them cannot do, none goes on with."""
+"""Collective calls with one outcome for all processes: if an action fails on one rank, every rank raises its error.
+
+Every process must call each of these functions.
+"""
 
 from __future__ import annotations
 
@@ -11,42 +14,45 @@ from gram_engine.errors import CheckpointError, GramError
 T = TypeVar("T")
 
 
-def shared(value: T) -> list[T]:
-    """Every process's value, by rank. Every process must call it, here as below."""
+def all_gather(value: T) -> list[T]:
+    """The value of every process, ordered by rank."""
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def together(act: Callable[[], T], failure: str, remedy: str = "") -> T:
-    """Each process's own act(), unless it failed in one of them: then that error everywhere.
+def raise_on_any_rank(act: Callable[[], T], failure: str, remedy: str = "", error: type[GramError] = CheckpointError) -> T:
+    """Run act() on every rank. Returns its result on this rank, or raises on all ranks the error of the first that failed.
 
     Raises:
-        GramError: what act() raised; an OSError becomes a CheckpointError "failure: error. remedy".
+        GramError: what act() raised; an OSError becomes `error` with the text "failure: OSError. remedy".
     """
-    result, error = _attempt(act, failure, remedy)
-    _raise_first(shared(error))
+    result, problem = _attempt(act, failure, remedy, error)
+    _raise_first(all_gather(problem))
     return result
 
 
-def from_main(act: Callable[[], T], failure: str, remedy: str = "") -> T:
-    """act() of the main process alone; its result, or its error as in `together`, is every process's."""
-    outcome = [_attempt(act, failure, remedy) if dist.get_rank() == 0 else None]
+def run_on_rank0(act: Callable[[], T], failure: str, remedy: str = "", error: type[GramError] = CheckpointError) -> T:
+    """Run act() on rank 0 alone. Returns its result on every rank, or raises its error on all, as `raise_on_any_rank` does."""
+    outcome = [_attempt(act, failure, remedy, error) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(outcome)
-    _raise_first([outcome[0][1]])
-    return outcome[0][0]
+    result, problem = outcome[0]
+    _raise_first([problem])
+    return result
 
 
-def _attempt(act: Callable[[], T], failure: str, remedy: str) -> tuple[T | None, GramError | None]:
+def _attempt(
+    act: Callable[[], T], failure: str, remedy: str, error: type[GramError]
+) -> tuple[T | None, GramError | None]:
     try:
         return act(), None
-    except GramError as error:
-        return None, error
-    except OSError as error:
-        return None, CheckpointError(f"{failure}: {error}. {remedy}".rstrip())
+    except GramError as problem:
+        return None, problem
+    except OSError as problem:
+        return None, error(f"{failure}: {problem}. {remedy}".rstrip())
 
 
-def _raise_first(errors: list[GramError | None]) -> None:
-    for error in errors:
-        if error is not None:
-            raise error
+def _raise_first(problems: list[GramError | None]) -> None:
+    for problem in problems:
+        if problem is not None:
+            raise problem

@@ -1,4 +1,4 @@
-"""From flags to a running set of processes: process groups, data on disk, and the facts every process needs of them."""
+"""Parts of a run's start-up (session.py puts them in order): process groups, seeds, preprocessed data, vocabulary size."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from gram_engine.data.preprocess import ensure_preprocessed
 from gram_engine.data.samples import label_ids
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
-from gram_engine.errors import ConfigError, GramError
-from gram_engine.log import is_main_process
+from gram_engine.errors import ConfigError, DataError
+from gram_engine.platform.agreement import run_on_rank0
 from gram_engine.platform.device import Platform
 
 
 @dataclass
 class PreparedData:
-    """Where the preprocessed data lies, and the tokenizer's size."""
+    """Prefixes of the preprocessed data, and the number of tokens in the tokenizer's vocabulary."""
 
     train_prefix: str
     valid_prefix: str | None
@@ -33,24 +33,24 @@ class PreparedData:
 
 
 def start_processes(config: Config, platform: Platform) -> None:
-    """Join the default process group; one process alone needs no torchrun."""
+    """Initialise the default process group, from torchrun's environment; a single process needs none."""
     timeout = datetime.timedelta(minutes=_collective_minutes(config))
     if world_size() == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
-        # After a restart by torchrun the store still holds the addresses of the processes that are gone.
+        # After a restart, torchrun's store still holds the addresses of the processes that died.
         store = dist.PrefixStore(f"start-{restarts()}", store)
         dist.init_process_group(platform.backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def _collective_minutes(config: Config) -> float:
-    """Longest wait in a collective: longer than the watchdog's, which shows what every process does."""
+    """Timeout of collectives: longer than the watchdog's, which prints what every process was doing."""
     return config.parallel.distributed_timeout_minutes + 2
 
 
 def start_model_parallel(config: Config) -> None:
-    """Set up megatron-core's groups (tensor, pipeline, data parallel) and seeds within the default process group."""
+    """Initialise megatron-core's groups (tensor, pipeline, context, data parallel) and seeds in the default process group."""
     parallel = config.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -64,21 +64,12 @@ def start_model_parallel(config: Config) -> None:
 
 
 def prepare_data(config: Config) -> PreparedData:
-    """Preprocess --data and --valid-data on the main process; every process gets the result, or its error.
+    """Preprocess --data and --valid-data on rank 0, or check the data that was preprocessed before (collective).
 
     Raises:
-        GramError: what the main process met (bad rows, a tokenizer that splits a label ...).
+        GramError: the data cannot be used (bad rows, a tokenizer that splits a label ...); every process raises it.
     """
-    outcome: list = [None]
-    if is_main_process():
-        try:
-            outcome[0] = _prepare_on_main(config)
-        except GramError as error:
-            outcome[0] = error
-    dist.broadcast_object_list(outcome)
-    if isinstance(outcome[0], GramError):
-        raise outcome[0]
-    return outcome[0]
+    return run_on_rank0(lambda: _prepare_on_main(config), "the data cannot be prepared", error=DataError)
 
 
 def _prepare_on_main(config: Config) -> PreparedData:

@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 # Flags of torchrun that would change what is run, rather than where.
 _NOT_PASSED = {"--help", "--module", "--no-python", "--run-path"}
-SPOKEN = (2, 3, 4)
+REPORTED_EXIT_CODES = (2, 3, 4)
 """Exit statuses of trainers that have said what is wrong: a mistake, numerics, a hang."""
 
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.run(arguments)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        if failure.exitcode not in SPOKEN:
+        if failure.exitcode not in REPORTED_EXIT_CODES:
             print(error.format_msg(), file=sys.stderr)
         sys.exit(max(1, failure.exitcode))
 

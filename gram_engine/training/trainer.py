@@ -91,7 +91,7 @@ class Trainer:
         try:
             metrics = self._train(min(self.total_steps, config.training.exit_interval or self.total_steps))
             self.watchdog.beat("finishing the last checkpoint")
-            self.saver.close()
+            self.saver.finish()
             return metrics
         except Exception:
             self.saver.drain()

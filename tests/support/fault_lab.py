@@ -90,9 +90,9 @@ class Trap:
         self.folder, self.seen, self.at, self.spring = str(folder), 0, at, spring
 
     def _watch_fsync_and_writes(self) -> None:
-        from gram_engine.checkpoint.integrity import SummedFile
+        from gram_engine.checksums import ChecksummedFile
 
-        fsync, begin = os.fsync, SummedFile.__init__
+        fsync, begin = os.fsync, ChecksummedFile.__init__
 
         def watched_fsync(descriptor):
             self._count("fsync")
@@ -102,7 +102,7 @@ class Trap:
             begin(file, path)
             file.handle = WatchedHandle(file.handle, self._count)
 
-        os.fsync, SummedFile.__init__ = watched_fsync, watched_begin
+        os.fsync, ChecksummedFile.__init__ = watched_fsync, watched_begin
 
     def _hook(self, event: str, args: tuple) -> None:
         if self.at is not None and self._changes(event, args):

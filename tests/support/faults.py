@@ -98,7 +98,7 @@ def _in_the_writer(lab: Lab, spring: Callable[[str], None], message: str) -> Ite
         trap.set(folder, at, spring)
         saver = save(lab.flags(folder, async_save=True), 3)
         try:
-            saver.close()
+            saver.finish()
         except CheckpointError as error:
             assert message in str(error) and "iter_0000003 cannot be saved" in str(error), error
             assert not list(folder.glob("*.tmp"))
@@ -118,13 +118,13 @@ def kill_the_trainer_while_the_writer_works(lab: Lab) -> Iterator[str]:
     from gram_engine.checkpoint import writer as checkpoint_writer
 
     def run(folder: Path, seconds: float) -> None:
-        write = checkpoint_writer.Writing._write
+        write = checkpoint_writer.PendingCheckpoint._write
 
         def slowly(*arguments):
             time.sleep(0.1)
             write(*arguments)
 
-        checkpoint_writer.Writing._write = slowly
+        checkpoint_writer.PendingCheckpoint._write = slowly
         save(lab.flags(folder, async_save=True), 3)
         time.sleep(seconds)
         die("")
@@ -193,7 +193,7 @@ def file_size_limit(lab: Lab) -> Iterator[str]:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            save(lab.flags(folder, async_save=async_save), 3).close()
+            save(lab.flags(folder, async_save=async_save), 3).finish()
         except CheckpointError as error:
             assert "cannot be saved" in str(error), error
             return "CheckpointError"
