@@ -1,8 +1,8 @@
-"""Errors a user can mend. Their text names the place (file, line, flag) and the remedy."""
+"""Errors that a user can correct. Their text names the file and line, or the flag, and the remedy."""
 
 
 class GramError(Exception):
-    """Base of the errors below; command-line tools print its text without a traceback and exit with `exit_status`."""
+    """Base class; command-line tools print the text without a traceback and exit with `exit_status`."""
 
     exit_status = 2
 
@@ -12,15 +12,15 @@ class ConfigError(GramError, ValueError):
 
 
 class DataError(GramError, ValueError):
-    """A data file or row that cannot be used; the text starts with ``file:line:`` where there is one."""
+    """A data file or row that cannot be used; the text starts with ``file:line:`` if the problem is in a line."""
 
 
 class CheckpointError(GramError, RuntimeError):
-    """A checkpoint that is missing, damaged, or of another shape."""
+    """A checkpoint that is missing, damaged, of another shape, or that cannot be written."""
 
 
 class NumericsError(GramError, ArithmeticError):
-    """Losses or gradients that are not finite, step after step."""
+    """Losses or gradients that are not finite in too many steps in a row."""
 
     exit_status = 3
 
@@ -29,7 +29,7 @@ LONGEST_MESSAGE = 500
 
 
 def one_line(problem: object) -> str:
-    """The text of a problem that may quote a data file: shortened, and with escapes for what would steer a terminal."""
+    """The text of an error that may quote a data file, shortened, with control characters escaped."""
     text = str(problem)
     text = text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} ..."
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -1,4 +1,4 @@
-"""Log lines of the main process, and access tokens kept out of all that is printed (errors, the configuration)."""
+"""Log lines of rank 0, and the masking of access tokens in everything that is printed (logs, errors, the configuration)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import sys
 from tqdm import tqdm
 
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-"""Environment variables whose values are masked wherever they occur."""
+"""Environment variables whose values are masked."""
 SHORTEST = 8
-"""Shorter values are left alone: masking them would garble ordinary text."""
+"""Shorter values are not masked, because they may occur in ordinary text."""
 MASK = "[hidden]"
 
-# A token of the Hugging Face hub, whether or not the environment holds it: hf_ and 34 letters or digits.
+# Any token of the Hugging Face hub, also one that is not in the environment: hf_ and 34 letters or digits.
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
 
 def redact(text: str) -> str:
-    """The text with tokens of Weights & Biases and of the Hugging Face hub replaced by MASK."""
+    """The text with access tokens of Weights & Biases and of the Hugging Face hub replaced by MASK."""
     for name in SECRETS:
         value = os.environ.get(name, "").strip()
         if len(value) >= SHORTEST:
@@ -28,12 +28,12 @@ def redact(text: str) -> str:
 
 
 def is_main_process() -> bool:
-    """True in the process that prints."""
+    """Whether this is rank 0, which prints and logs (by the environment, before process groups exist)."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def log(message: str) -> None:
-    """Print one line on the main process, above the progress bar where there is one, without access tokens."""
+    """Print a line on rank 0, above the progress bar if there is one, with access tokens masked."""
     if is_main_process():
         tqdm.write(redact(message), file=sys.stdout)
         sys.stdout.flush()

@@ -108,7 +108,7 @@ class RunLock:
             holder = next((_named(_parse(_read(record))) for record in self._records()), "another run")
             raise CheckpointError(
                 f"{self.folder}: {holder} has taken the folder over, because this run stood still for too long. It saves "
-                "nothing more here. The other run's checkpoints are intact: resume from them, or start again with another --save."
+                "nothing more here. The other's checkpoints are intact: resume from them, or start anew with another --save."
             )
 
     def release(self) -> None:

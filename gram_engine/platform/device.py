@@ -42,8 +42,13 @@ class Platform:
         name = torch.cuda.get_device_name(self.device)
         return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
+    def use_in_this_thread(self) -> None:
+        """Make the device the current one of the calling thread; new threads of CUDA start at device 0."""
+        if self.is_cuda:
+            torch.cuda.set_device(self.device)
+
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has finished all work that was queued."""
         if self.is_cuda:
             torch.cuda.synchronize()
 
@@ -51,6 +56,11 @@ class Platform:
         """One line for the log."""
         name = torch.cuda.get_device_name(self.device) if self.is_cuda else f"CPU, {torch.get_num_threads()} threads"
         return f"{name} | {self.backend} | torch {torch.__version__}"
+
+
+def gpu_count() -> int:
+    """Number of GPUs of this machine that torch can use."""
+    return torch.cuda.device_count()
 
 
 @functools.cache

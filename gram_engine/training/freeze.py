@@ -1,6 +1,6 @@
-"""Weights that a run leaves as they are (--freeze): the paper's + Freeze baselines.
+"""Weights that are not trained (--freeze), as in the paper's "+ Freeze" baselines.
 
-A frozen weight has no gradient, no gradient buffer and no optimizer state: DDP and the optimizer pass over it.
+A frozen weight has no gradient, no gradient buffer and no optimizer state: DDP and the optimizer ignore it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 def freeze(chunks: list[RewardModel], config: Config) -> None:
-    """Freeze what --freeze names. To be called before the chunks are wrapped for data parallelism."""
+    """Freeze what --freeze names. Call it before the chunks are wrapped for data parallelism."""
     if config.training.freeze is None:
         return
     for chunk in chunks:
@@ -21,12 +21,12 @@ def freeze(chunks: list[RewardModel], config: Config) -> None:
             if _is_frozen(name, chunk, config):
                 parameter.requires_grad_(False)
         if config.training.freeze == "embeddings" and config.training.recompute_granularity and chunk.pre_process:
-            # Recomputation hands gradients on only to layers whose input has one.
+            # Recomputation computes gradients only for layers whose input requires one.
             chunk.embedding.register_forward_hook(lambda _module, _arguments, hidden: hidden.requires_grad_())
 
 
 def _is_frozen(name: str, chunk: RewardModel, config: Config) -> bool:
     if config.training.freeze == "backbone":
         return name != SCALAR_HEAD
-    tied_copy = chunk.share_embeddings_and_output_weights and name == OUTPUT  # of the last pipeline stage
+    tied_copy = chunk.share_embeddings_and_output_weights and name == OUTPUT  # on the last pipeline stage
     return name == EMBEDDING or tied_copy

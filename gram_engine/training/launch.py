@@ -1,9 +1,9 @@
-"""Starts a training script under torchrun, with torchrun's own flags picked out of one command line.
+"""Starts a training script under torchrun; flags of torchrun and of the trainer may be mixed on the command line.
 
     python -m gram_engine.training.launch examples/pretrain_gram.sh --nnodes 2 --node-rank 0 \
         --rdzv-endpoint host:29500 --lr 1e-5
 
-torchrun needs its flags before the script and the trainer's after it; here they may come in any order.
+torchrun itself needs its flags before the script and the trainer's after it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ import psutil
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-# Flags of torchrun that would change what is run, rather than where.
+from gram_engine.platform.device import gpu_count
+
+# Flags of torchrun that change what is run, not where.
 _NOT_PASSED = {"--help", "--module", "--no-python", "--run-path"}
 REPORTED_EXIT_CODES = (2, 3, 4)
-"""Exit statuses of trainers that have said what is wrong: a mistake, numerics, a hang."""
+"""Exit codes of trainers that have printed what is wrong: a mistake of the user, non-finite numerics, a hang."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run `SCRIPT FLAGS...` as torchrun would; processes: --nproc-per-node, else NPROC_PER_NODE, else one per GPU."""
+    """Run `SCRIPT FLAGS...` under torchrun with --nproc-per-node processes (default: NPROC_PER_NODE, else one per GPU)."""
     script, *flags = sys.argv[1:] if argv is None else argv
     if "-h" in flags or "--help" in flags:
         os.execv(sys.executable, [sys.executable, script, "--help"])
@@ -47,21 +49,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def forward_signals(arguments: argparse.Namespace) -> None:
-    """Hand SIGTERM and SIGUSR1 on to the trainers, which save and leave with status 0; torchrun would kill them on SIGTERM."""
+    """Forward SIGTERM and SIGUSR1 to the trainers, which save and exit with status 0; torchrun would kill them on SIGTERM."""
     handled = arguments.signals_to_handle.split(",")
     arguments.signals_to_handle = ",".join(name for name in handled if name not in ("SIGTERM", "SIGUSR1"))
 
-    def hand_on(number: int, _frame) -> None:
+    def forward(number: int, _frame) -> None:
         for trainer in psutil.Process().children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 trainer.send_signal(number)
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, hand_on)
+        signal.signal(number, forward)
 
 
 def split_flags(flags: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(torchrun's flags with their values, all others), both in the order given; `--node_rank` is `--node-rank`."""
+    """(torchrun's flags with their values, all others), each in the given order; `--node_rank` is taken as `--node-rank`."""
     known = _torchrun_flags()
     for_torchrun: list[str] = []
     for_script: list[str] = []
@@ -79,25 +81,19 @@ def split_flags(flags: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def with_defaults(for_torchrun: Sequence[str]) -> list[str]:
-    """torchrun's flags with a number of processes, and a free port where there is one node."""
+    """torchrun's flags, completed with a number of processes and, on a single node, --standalone (a free port)."""
     given = {flag.partition("=")[0].replace("_", "-") for flag in for_torchrun}
     flags = list(for_torchrun)
     if "--nproc-per-node" not in given:
-        flags = ["--nproc-per-node", os.environ.get("NPROC_PER_NODE") or str(_gpus()), *flags]
+        flags = ["--nproc-per-node", os.environ.get("NPROC_PER_NODE") or str(max(1, gpu_count())), *flags]
     one_node = not given & {"--nnodes", "--rdzv-endpoint", "--master-addr", "--master-port"}
     if one_node and "--standalone" not in given:
         flags = ["--standalone", *flags]
     return flags
 
 
-def _gpus() -> int:
-    import torch
-
-    return max(1, torch.cuda.device_count())
-
-
 def _torchrun_flags() -> dict[str, bool]:
-    """torchrun's long flags -> whether a value follows."""
+    """{long flag of torchrun: whether it takes a value}"""
     actions = run.get_args_parser()._option_string_actions.items()
     return {
         name: action.nargs != 0

@@ -1,4 +1,4 @@
-"""From the loader's packs to what this process's stage runs, on the device, and the thread that prepares the next step's."""
+"""From the loader's packs to the micro-batches of this process on its device, and the thread that prepares the next step's."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from megatron.core import parallel_state
 from gram_engine.data.context_parallel import part_of
 from gram_engine.data.loader import GlobalBatch, PackedBatch, PackedLoader
 from gram_engine.kernels.attention import AttentionBounds, to_device
+from gram_engine.platform.device import Platform
 
 
 def place(batch: GlobalBatch, device: torch.device) -> GlobalBatch:
-    """The global batch with micro-batches as this process runs them, on `device`; one that is there already stays as it is.
+    """The global batch with micro-batches as this process runs them, on `device`; returned unchanged if it is placed already.
 
-    On a pipeline all micro-batches get the longest one's length, so that stages know the shape of what they receive without
-    asking each time.  With context parallelism they become this process's part.
+    With pipeline parallelism all micro-batches are padded to the length of the longest, so that stages know the shape of what
+    they receive without asking each time.  With context parallelism each is cut to this process's part.
     """
     if batch.is_placed:
         return batch
@@ -33,37 +34,36 @@ def place(batch: GlobalBatch, device: torch.device) -> GlobalBatch:
 
 
 class Prefetcher:
-    """Global batches in the order of training; a thread makes and places the next one while the step before runs.
+    """Global batches in the order of training; a thread prepares the next one while the current step runs.
 
     Args:
-        last: number of samples after which no batch is made in advance.
+        train_samples: number of samples of the whole run, after which no batch is prepared in advance.
     """
 
-    def __init__(self, loader: PackedLoader, device: torch.device, last: int):
-        self.loader, self.device, self.last = loader, device, last
+    def __init__(self, loader: PackedLoader, platform: Platform, train_samples: int):
+        self.loader, self.platform, self.train_samples = loader, platform, train_samples
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
         self._next: tuple[int, Future] | None = None
 
     def batch(self, consumed_samples: int) -> GlobalBatch:
-        """The placed batch after `consumed_samples` samples; an error in making it is raised here."""
+        """The placed batch that starts after `consumed_samples` samples; an error of the thread is raised here."""
         expected, self._next = self._next, None
         if expected is not None and expected[0] == consumed_samples:
             batch = expected[1].result()
         else:
             batch = self._make(consumed_samples)
         following = consumed_samples + batch.num_samples
-        if following < self.last:
+        if following < self.train_samples:
             self._next = following, self._thread.submit(self._make, following)
         return batch
 
     def _make(self, consumed_samples: int) -> GlobalBatch:
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # of this thread
-        return place(self.loader.batch(consumed_samples), self.device)
+        self.platform.use_in_this_thread()
+        return place(self.loader.batch(consumed_samples), self.platform.device)
 
 
 def _padded(pack: PackedBatch, length: int) -> PackedBatch:
-    """The pack with padding tokens, as a sequence of their own, up to `length`."""
+    """The pack, padded to `length` tokens; the padding is a sequence of its own."""
     extra = length - len(pack.tokens)
     if extra == 0:
         return pack
@@ -77,12 +77,12 @@ def _padded(pack: PackedBatch, length: int) -> PackedBatch:
 
 
 def _with_attention(pack: PackedBatch) -> PackedBatch:
-    """The pack with each token's keys, and each label row's: its sequence, which ends with it."""
+    """The pack with the keys that each token, and each label row (the last token of its sequence), attends to."""
     starts, lengths, rows = pack.cu_seqlens[:-1].long(), pack.cu_seqlens.diff().long(), pack.rows
     attention = AttentionBounds.of_ranges(lengths, starts, lengths)
     if len(pack.targets):
         return replace(pack, attention=attention)
-    starts = starts[: len(rows)]  # rows are in the order of sequences, padding comes last
+    starts = starts[: len(rows)]  # rows are in the order of the sequences, and padding is last
     return replace(
         pack, attention=attention, label_attention=AttentionBounds.of_ranges(torch.ones_like(rows), starts, rows + 1 - starts)
     )

@@ -12,7 +12,7 @@ from gram_engine.log import log
 
 SHOWN_IDS = 64
 MEMORY = 0.95
-"""Weight of the past in the mean loss that spikes are measured against."""
+"""Decay of the running mean of the loss, with which spikes are compared."""
 FIRST_STEPS = 20
 """Number of losses before spikes are looked for: at the start of training the loss falls fast."""
 
@@ -46,7 +46,7 @@ class NumericsGuard:
         what = f"step {step}: loss {loss:g}, gradient norm {grad_norm:g} on samples {_listed(sample_ids)}"
         if self.skipped_in_row >= self.most_skipped:
             raise NumericsError(
-                f"{what}; {self.skipped_in_row} such step(s) in a row. The weights are those of before; nothing was saved. "
+                f"{what}; {self.skipped_in_row} such step(s) in a row. The weights are unchanged; nothing was saved. "
                 "Look at these samples (gram data inspect PREFIX --sample N), lower --lr, or raise --max-skipped-steps."
             )
         log(f"warning: {what}. Step skipped ({self.skipped_in_row} in a row, {self.skipped} in all).")

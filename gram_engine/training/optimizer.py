@@ -1,4 +1,4 @@
-"""DDP, optimizer and learning-rate schedule, all megatron-core's."""
+"""megatron-core's DDP, optimizer and learning-rate schedule, set up from the configuration."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def wrap_ddp(chunks: list[Module], config: Config) -> list[DistributedDataParall
     for index, chunk in enumerate(chunks):
         core = chunk.config
         module = Float16Module(core, chunk) if config.training.bf16 else chunk
-        # Later virtual stages wait for the pipeline anyway: one bucket each, as in Megatron-LM.
+        # Later virtual stages wait for the pipeline anyway: they have one bucket each, as in Megatron-LM.
         wrapped.append(DistributedDataParallel(core, ddp_config, module, disable_bucketing=index > 0))
     for chunk in wrapped:
         chunk.broadcast_params()
@@ -39,7 +39,7 @@ def wrap_ddp(chunks: list[Module], config: Config) -> list[DistributedDataParall
 
 
 def build_optimizer(model: list[DistributedDataParallel], config: Config) -> ChainedOptimizer:
-    """Adam with decoupled weight decay (none on norms), gradient clipping and, on request, state sharded over DP."""
+    """AdamW with gradient clipping; no weight decay on norms. With --use-distributed-optimizer its state is sharded over DP."""
     training = config.training
     options = OptimizerConfig(
         optimizer="adam",
@@ -75,7 +75,7 @@ def step_unless_nonfinite(optimizer: ChainedOptimizer, is_finite: Callable[[floa
 
 
 def build_scheduler(optimizer: ChainedOptimizer, config: Config, train_samples: int) -> OptimizerParamScheduler:
-    """Warm-up and decay counted in samples."""
+    """Learning-rate warm-up and decay, counted in samples."""
     training = config.training
     return OptimizerParamScheduler(
         optimizer,
@@ -95,7 +95,7 @@ def build_scheduler(optimizer: ChainedOptimizer, config: Config, train_samples: 
 def connect_schedule(
     model: list[DistributedDataParallel], optimizer: ChainedOptimizer, objective: Objective, config: Config
 ) -> None:
-    """Tell megatron-core's schedule how gradients and parameters are synchronised (fields of the model's config)."""
+    """Tell megatron-core's schedule how to synchronise gradients and parameters, by fields of the model's config."""
     core = model[0].config
     core.grad_scale_func = optimizer.scale_loss
     core.finalize_model_grads_func = partial(_finalize_gradients, objective)
@@ -107,7 +107,7 @@ def connect_schedule(
 
 
 def _finalize_gradients(objective: Objective, model: list, num_labels: Tensor, **groups) -> None:
-    """megatron-core's, which also turns num_labels into the step's total, then the objective's own gradients."""
+    """megatron-core's finalize_model_grads, which also sums num_labels over all processes, then the objective's."""
     finalize_model_grads(model, num_labels, **groups)
     objective.finish_gradients(num_labels)
 

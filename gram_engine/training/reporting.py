@@ -1,4 +1,4 @@
-"""What a run tells: log lines and a progress bar on the main process, TensorBoard and Weights & Biases."""
+"""Metrics of a run: log lines and a progress bar on rank 0, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gram_engine.platform.device import Platform
 
 @dataclass
 class Interval:
-    """What happened since the last log line, over all processes."""
+    """Totals since the last log line, over all processes."""
 
     steps: int = 0
     samples: int = 0
@@ -25,7 +25,7 @@ class Interval:
 
 
 class Reporter:
-    """Log lines with throughput and ETA, a progress bar on a terminal, and metric writers."""
+    """Log lines with throughput and ETA, a progress bar if standard error is a terminal, and metric writers."""
 
     def __init__(self, config: Config, platform: Platform, first_step: int, total_steps: int):
         self.config = config
@@ -47,7 +47,7 @@ class Reporter:
         self.bar.update()
 
     def train_line(self, step: int, consumed: int, metrics: dict[str, float], lr: float, grad_norm: float) -> None:
-        """Log line of a training step; throughput is that of the steps since the last line."""
+        """Log line of a training step; the throughput is that of the steps since the last line."""
         self.platform.synchronize()
         seconds = time.perf_counter() - self.started
         speed = self._throughput(seconds)
@@ -60,13 +60,13 @@ class Reporter:
         self.started = time.perf_counter()
 
     def eval_line(self, step: int, consumed: int, metrics: dict[str, float]) -> None:
-        """Log line of an evaluation. Its time does not count as training time."""
+        """Log line of an evaluation."""
         text = " | ".join(f"{name} {_number(value)}" for name, value in metrics.items())
         log(f"validation at step {step} | {text}")
         self._write({f"valid/{name}": value for name, value in metrics.items()}, consumed)
 
     def exclude(self, seconds: float) -> None:
-        """Take time spent on something else (evaluation) out of the running interval."""
+        """Do not count `seconds`, spent on an evaluation, as training time of the current interval."""
         self.started += seconds
 
     def close(self) -> None:
@@ -95,7 +95,7 @@ class Reporter:
 
 
 class TensorBoardWriter:
-    """Scalars against consumed samples."""
+    """Writes metrics to TensorBoard; the x axis is consumed samples."""
 
     def __init__(self, folder: str):
         from torch.utils.tensorboard import SummaryWriter
@@ -111,7 +111,7 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """The same figures at Weights & Biases.
+    """Writes the same metrics to Weights & Biases.
 
     Raises:
         ConfigError: the wandb package is not installed.

@@ -1,4 +1,4 @@
-"""One pass of megatron-core's schedule over a global batch, and the sum of its statistics over all processes."""
+"""Runs megatron-core's schedule over a global batch, and sums its statistics over all processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gram_engine.training.microbatches import place
 
 @dataclass
 class MicrobatchResult:
-    """What the last pipeline stage keeps of one micro-batch."""
+    """Result of one micro-batch on the last pipeline stage."""
 
     sample_ids: torch.Tensor
     output: ObjectiveOutput
@@ -28,7 +28,7 @@ class MicrobatchResult:
 def run_schedule(
     model: list, batch: GlobalBatch, objective: Objective, device: torch.device, forward_only: bool = False
 ) -> list[MicrobatchResult]:
-    """Forward (and backward) over this process's micro-batches. Returns one result each on the last stage, else []."""
+    """Forward (and backward) pass over this process's micro-batches. Returns a result for each on the last stage, else []."""
     objective.start_pass(model)
     batch = place(batch, device)
     chunks = [iter(batch.microbatches) for _ in model]
@@ -37,7 +37,7 @@ def run_schedule(
         data_iterator=chunks if len(model) > 1 else chunks[0],
         model=model if len(model) > 1 else model[0],
         num_microbatches=len(batch.microbatches),
-        seq_length=batch.longest * parallel_state.get_context_parallel_world_size(),  # of a whole pack
+        seq_length=batch.longest * parallel_state.get_context_parallel_world_size(),  # of an uncut pack
         micro_batch_size=1,
         forward_only=forward_only,
     )
@@ -67,22 +67,22 @@ def _forward_step(data_iterator: Iterator[PackedBatch], model, objective: Object
 
 
 def _loss(batch: PackedBatch, output: ObjectiveOutput):
-    """(loss sum, count, what to keep): the form that megatron-core divides by the global count."""
+    """(loss sum, count, result): the form in which megatron-core divides the gradients by the global count."""
     kept = replace(output, loss_sum=output.loss_sum.detach())
     return output.loss_sum, output.count, MicrobatchResult(batch.sample_ids, kept)
 
 
 def sum_over_processes(values: torch.Tensor, objective: Objective) -> torch.Tensor:
-    """Sum of the last stage's `values` over the processes that hold different parts of them, on every process."""
-    whole_elsewhere = not objective.parts_over_tp and parallel_state.get_tensor_model_parallel_rank() > 0
-    if whole_elsewhere or not parallel_state.is_pipeline_last_stage():
+    """Sum of the last stage's `values` over all processes that hold different parts, returned on every process (collective)."""
+    counted_elsewhere = not objective.parts_over_tp and parallel_state.get_tensor_model_parallel_rank() > 0
+    if counted_elsewhere or not parallel_state.is_pipeline_last_stage():
         values = torch.zeros_like(values)
     dist.all_reduce(values)
     return values
 
 
 def summed_stats(results: list[MicrobatchResult], objective: Objective, device: torch.device) -> dict[str, float]:
-    """The objective's statistics of a whole global batch, by name, on every process."""
+    """The objective's statistics of the whole global batch, by name, on every process (collective)."""
     total = torch.zeros(len(objective.stat_names), dtype=torch.float64, device=device)
     for result in results:
         total += result.output.stats

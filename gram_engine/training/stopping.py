@@ -1,4 +1,4 @@
-"""Leaving early and in good order: on a signal, or when the time given to the run is over."""
+"""Ends a run early, with a checkpoint: on a signal, or when --exit-duration-in-mins is over."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch.distributed as dist
 from gram_engine.kernels.attention import to_device
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What Slurm and cluster managers send before they end a job."""
+"""Signals that Slurm and cluster managers send before they end a job."""
 
 LEAVING = "leaving after step"
-"""In the last line of a run that left early, whose exit status is 0 all the same."""
+"""Part of the last log line of a run that ended early; its exit status is 0, as that of a finished one."""
 
 
 class StopRequests:
-    """Notes a request in any process; all processes learn of it after the same step.
+    """Records a request to stop in any process; all processes learn of it after the same step.
 
     Args:
-        minutes: --exit-duration-in-mins, counted from here; None: no limit.
-        device: where the collective that spreads the news runs.
+        minutes: --exit-duration-in-mins, counted from the construction; None: no limit.
+        device: device of the collective.
     """
 
     def __init__(self, minutes: float | None, device: torch.device):
@@ -32,17 +32,17 @@ class StopRequests:
         self.previous = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def reason(self) -> str | None:
-        """Why the run should leave now, the same on every process, or None. Every process must call it."""
+        """Why the run should stop now, or None; the same on every process (collective)."""
         late = self.deadline is not None and time.monotonic() >= self.deadline
-        news = to_device(torch.tensor([self.received, int(late)], dtype=torch.int32), self.device)
-        dist.all_reduce(news, op=dist.ReduceOp.MAX)
-        number, late = news.tolist()
+        flags = to_device(torch.tensor([self.received, int(late)], dtype=torch.int32), self.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        number, late = flags.tolist()
         if number:
             return f"received {signal.Signals(number).name}"
         return f"--exit-duration-in-mins {self.minutes:g} are over" if late else None
 
     def close(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the previous signal handlers."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 

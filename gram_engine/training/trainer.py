@@ -64,7 +64,7 @@ class Trainer:
         self.objective = build_objective(config, label_ids, parallel_state.get_tensor_model_parallel_group())
         self.train_samples = self._train_samples()
         self.total_steps = math.ceil(self.train_samples / config.training.global_batch_size)
-        self.batches = Prefetcher(self.loader, platform.device, self.train_samples)
+        self.batches = Prefetcher(self.loader, platform, self.train_samples)
 
         self.model = self._model()
         self.optimizer = build_optimizer(self.model, config)

@@ -1,8 +1,8 @@
-"""A run that hangs says where, in every process, and ends.
+"""Ends a run that hangs, after every process has printed where.
 
-A collective that one process never joins holds all the others.  Each process therefore expects a sign of life from its
-own training loop; without one for the given time it writes the stacks of all its threads to standard error and exits with
-status 4, so that the launcher ends (or, with --max-restarts, restarts) the run.
+If one process never joins a collective, all others wait for it.  Each process therefore has a watchdog for its training loop:
+if the loop makes no progress for the given time, the watchdog prints the stacks of all threads to standard error and ends the
+process with status 4, so that the launcher ends (or, with --max-restarts, restarts) the run.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Iterator
 
 EXIT_STATUS = 4
 BLOCKED_SECONDS = 20
-"""Grace before the fallback, which also works while C code holds the interpreter's lock but cannot choose the status."""
+"""Delay of the fallback (faulthandler), which works even while C code holds the GIL, but cannot choose the exit status."""
 
 
 class Watchdog:
-    """`start` it before the first step; call `beat` at every sign of life, `close` at the end.
+    """`start` it before the first step, call `beat` at every progress, `close` it at the end.
 
     Args:
-        seconds: longest time between two beats.
-        rank: named in the message.
+        seconds: longest time allowed between two beats.
+        rank: rank of this process, for the message.
     """
 
     def __init__(self, seconds: float, rank: int):
@@ -33,19 +33,19 @@ class Watchdog:
         self.started = False
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start watching."""
         self.started = True
         self.beat("starting")
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self, doing: str) -> None:
-        """The process is alive and begins with `doing`, e.g. 'step 12'."""
+        """Report progress: the process now starts `doing`, e.g. 'step 12'."""
         self.doing, self.last = doing, time.monotonic()
         if self.started:
             faulthandler.dump_traceback_later(self.seconds + BLOCKED_SECONDS, exit=True)
 
     def close(self) -> None:
-        """No sign of life is expected any more."""
+        """Stop watching."""
         self.started = False
         self.closed.set()
         faulthandler.cancel_dump_traceback_later()
@@ -56,20 +56,20 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        told = [
+        message = [
             f"error: rank {self.rank} hangs: no progress for {self.seconds:g} s in {self.doing} "
-            "(--distributed-timeout-minutes). Stacks of its threads follow; the process that waits for something else than "
-            "the others is the one to look at.",
+            "(--distributed-timeout-minutes). Stacks of its threads follow; look at the process that waits for something "
+            "else than the others.",
             *(f"[rank {self.rank}] {line}" for line in stacks()),
         ]
-        for line in told:  # each with one write: all processes of a node write to the same pipe now
+        for line in message:  # one write each, because all processes of a node write to the same pipe now
             sys.stderr.write(line + "\n")
             sys.stderr.flush()
         os._exit(EXIT_STATUS)
 
 
 def stacks() -> Iterator[str]:
-    """Every thread's name and calls, the innermost first. Opens no source file: it may lie where the run hangs."""
+    """Lines with every thread's name and calls, innermost first. Reads no source file, which may be on the disk that hangs."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     for ident, frame in sys._current_frames().items():
         yield f"Thread {names.get(ident, ident)}:"
