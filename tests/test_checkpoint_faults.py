@@ -1,4 +1,4 @@
-"""Checkpoints survive faults: no fault of tests/support/faults.py loses a state, and what that rests on, piece by piece."""
+"""Checkpoints survive faults: no fault of tests/support/faults.py loses a state; and tests of each safeguard."""
 
 import io
 import multiprocessing
@@ -26,7 +26,7 @@ def hide_gpus():
 
 @pytest.fixture(scope="module")
 def tries(tiny_data, tmp_path_factory):
-    """By fault, the outcomes that are being counted; two faults are tried at a time, in processes without groups."""
+    """{fault: future of its outcomes}; two faults are tried at a time, in processes without process groups."""
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"), initializer=hide_gpus) as executor:
         yield {
             fault.name: executor.submit(try_fault, fault.name, tmp_path_factory.mktemp("fault"), tiny_data) for fault in FAULTS
@@ -58,7 +58,7 @@ def save_steps(config, folder, steps, resumed_from=None, **options):
 
 
 def load_newest(config, folder, **options):
-    """(what was loaded is that step, log lines), or the error's text."""
+    """(step that was loaded, log lines), or the text of the error."""
     from gram_engine.training.initialise import start_model_parallel
 
     start_model_parallel(config)
@@ -72,7 +72,7 @@ def load_newest(config, folder, **options):
 
 
 @pytest.mark.parametrize("resumed, kept", [(None, (4, 5, 6)), (1, (1, 4, 5, 6))])
-def test_old_checkpoints_are_removed_but_every_so_many_and_the_one_resumed_from(resumed, kept, pool, config, tmp_path):
+def test_old_checkpoints_are_removed_but_every_kth_and_the_one_resumed_from(resumed, kept, pool, config, tmp_path):
     start = resumed and tmp_path / f"iter_{resumed:07d}"
     options = {"keep_last": 2, "keep_every": 4}
     found = pool.run(save_with, 1, config, str(tmp_path), range(1, 7), start, options)[0]
@@ -84,7 +84,7 @@ def save_with(config, folder, steps, resumed_from, options):
 
 
 def end_by_an_error(config, folder):
-    """The main process drains; the other ends without a word."""
+    """Rank 0 drains; the other rank ends without a collective."""
     import torch.distributed as dist
 
     from gram_engine.training.initialise import start_model_parallel
@@ -96,7 +96,7 @@ def end_by_an_error(config, folder):
         saver.drain()  # nothing is left to do
 
 
-def test_what_is_being_written_when_training_fails_is_published(pool, config, tmp_path):
+def test_a_checkpoint_being_written_when_training_fails_is_completed(pool, config, tmp_path):
     pool.run(end_by_an_error, 2, config, str(tmp_path))
     assert pool.run(load_newest, 1, config, str(tmp_path))[0][0] == 3
 
@@ -118,7 +118,7 @@ def load_strictly(config, folder):
     return load_newest(config, folder, strict_load=True)
 
 
-def save_without_room(config, folder):
+def save_to_a_full_disk(config, folder):
     usage = shutil.disk_usage(folder)._replace(free=1000)
     with mock.patch("shutil.disk_usage", lambda _: usage), pytest.raises(CheckpointError) as error:
         save_steps(config, folder, (2,))
@@ -127,7 +127,7 @@ def save_without_room(config, folder):
 
 def test_a_full_disk_is_foreseen_by_all_processes(pool, config, tmp_path):
     pool.run(save_steps, 2, config, str(tmp_path), (1,))
-    for error in pool.run(save_without_room, 2, config, str(tmp_path)):
+    for error in pool.run(save_to_a_full_disk, 2, config, str(tmp_path)):
         assert "GB are needed" in error and "GB free. Nothing was written" in error and "--keep-last" in error
     assert [path.name for path in sorted(tmp_path.glob("iter_*"))] == ["iter_0000001"]
 
@@ -147,7 +147,7 @@ def torch_file(content):
 
 
 def plant(checkpoint, what, marker):
-    """Put code where `what` says, and new checksums over it, as an attacker would."""
+    """Put code into the file that `what` names, and write new checksums, as an attacker would."""
     evil = Evil(marker)
     if what == "common.pt":
         (checkpoint / "common.pt").write_bytes(torch_file(evil))

@@ -1,5 +1,4 @@
-"""What the faults of tests/support/faults.py are tried on: checkpoints to damage, calls to fail
-at, and the look at what is left."""
+"""Tools of tests/support/faults.py: checkpoints to damage, a trap at the n-th file system call, and the check afterwards."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ LONG = os.environ.get("GRAM_FAULTS") == "long"
 
 @dataclass(frozen=True)
 class Fault:
-    """One kind of fault. `inject(lab)` tries all its cases and yields what each led to; it raises where a state is lost."""
+    """One kind of fault. `inject(lab)` tries all its cases and yields the outcome of each; it raises if a state is lost."""
 
     name: str
     how: str
@@ -30,12 +29,12 @@ class Fault:
 
 
 class Lab:
-    """A folder with whole checkpoints of steps 1 and 2, of which every case gets a copy."""
+    """A folder with intact checkpoints of steps 1 and 2; every case gets a copy of it."""
 
     def __init__(self, folder: Path, config):
         self.folder, self.config = folder, config
         self.base = folder / "base"
-        manifest_and_tokenizer(config.data.data_path, config.data.tokenizer_model)  # here, and not in every child
+        manifest_and_tokenizer(config.data.data_path, config.data.tokenizer_model)  # once here, not in every child
         _, self.meant = in_child(self._prepare)
         quick_run_config_of(self.base / "iter_0000001")
 
@@ -51,14 +50,14 @@ class Lab:
         return with_flags(self.config, folder, **options)
 
     def check(self, folder: Path, allowed: dict[str, str]) -> str:
-        """In a child: one of the `allowed` states (digest: its name) is loaded, nothing looks whole that is not, and saving
-        goes on. Returns the state's name."""
+        """In a forked child: check that one of the `allowed` states {digest: name} is loaded, that no damaged checkpoint looks
+        intact, and that saving works again. Returns the name of the state."""
         from gram_engine.checkpoint.folder import candidates
         from gram_engine.checkpoint.integrity import verify
 
         found = load(self.flags(folder))[0]
         assert found in allowed, f"{folder}: lost"
-        assert all(verify(path) for path in candidates(folder)), f"{folder}: a checkpoint looks whole and is not"
+        assert all(verify(path) for path in candidates(folder)), f"{folder}: a damaged checkpoint looks intact"
         save(self.flags(folder), 9)
         assert load(self.flags(folder))[0] == self.meant[9, 0]
         assert not [path for path in folder.iterdir() if path.suffix in (".tmp", ".old")], f"{folder}: leftovers"
@@ -66,7 +65,7 @@ class Lab:
         return allowed[found]
 
     def check_all(self, cases: list[tuple[Path, dict[str, str]]]) -> list[str]:
-        """`check` of each, some in one child."""
+        """`check` each case; ten share a child."""
         chunks = [cases[first : first + 10] for first in range(0, len(cases), 10)]
         return [name for chunk in chunks for name in in_child(lambda chunk=chunk: [self.check(*case) for case in chunk])[1]]
 
@@ -75,9 +74,9 @@ class Lab:
 
 
 class Trap:
-    """Springs at the n-th call that changes something below a folder: open for writing, write, fsync, mkdir, rename, remove.
+    """Springs at the n-th call that changes something in a folder: open for writing, write, fsync, mkdir, rename, remove.
 
-    Set it in a forked child only: Python's audit hooks stay for good.
+    Set it in a forked child only: Python's audit hooks cannot be removed.
     """
 
     def __init__(self, folder: Path, only_in_children: bool = False):
@@ -113,7 +112,7 @@ class Trap:
             return str(args[0]).startswith(self.folder) and bool(args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
         if event in ("os.mkdir", "os.rename"):
             return str(args[0]).startswith(self.folder)
-        # shutil.rmtree names files by their folder's descriptor
+        # shutil.rmtree gives names relative to the folder's descriptor
         return event in ("os.remove", "os.rmdir") and (str(args[0]).startswith(self.folder) or args[-1] != -1)
 
     def _count(self, event: str) -> None:
@@ -127,7 +126,7 @@ class Trap:
 
 
 class WatchedHandle(io.BufferedWriter):
-    """Half of the data is in the file when a write fails, or when the process dies in it."""
+    """A file whose writes fail, or kill the process, when half of the data is written."""
 
     def __init__(self, handle, count: Callable[[str], None]):
         super().__init__(handle.detach(), buffer_size=1)
@@ -143,7 +142,7 @@ class WatchedHandle(io.BufferedWriter):
 
 
 def die(_event: str) -> None:
-    """As kill -9: nothing is flushed, nothing is tidied up."""
+    """As kill -9: nothing is flushed or cleaned up."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -160,7 +159,7 @@ def io_error(_event: str) -> None:
 
 
 def calls_of(lab: Lab, task: Callable[[Path], None], only_in_children: bool = False) -> int:
-    """How many calls a task makes that a trap could spring at."""
+    """Number of calls of a task at which a trap can spring."""
 
     def count() -> int:
         folder = lab.copy()

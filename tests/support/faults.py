@@ -1,4 +1,4 @@
-"""Faults that checkpoints must survive: how each is injected, and what must hold after it.
+"""Faults that checkpoints must survive: how each is injected, and what must be loaded after it.
 
     python -m tests.support.faults                     tries every fault and prints the table of examples/docs/faults.md
     GRAM_FAULTS=long python -m tests.support.faults    more of each, and runs of two processes
@@ -25,7 +25,7 @@ from tests.support.hand_made import in_child, in_world, load, save, start_world
 
 
 def kill_while_saving(lab: Lab) -> Iterator[str]:
-    """New step with pruning of an old one and with leftovers of an earlier kill; then step 2 anew, with another state."""
+    """Saves a new step, with pruning and with leftovers of an earlier kill; then step 2 again, with another state."""
     for step, seed, every in ((3, 0, 1), (2, 1, 1 if LONG else 4)):
 
         def task(folder: Path, step=step, seed=seed) -> None:
@@ -47,7 +47,7 @@ def kill_while_saving(lab: Lab) -> Iterator[str]:
 
 
 def kill_at_random(lab: Lab) -> Iterator[str]:
-    """The process saves one step after the other; what it has said to be saved must be there."""
+    """The process saves one step after the other; what it has reported as saved must exist."""
     context = multiprocessing.get_context("fork")
 
     def run(folder: Path, said, async_save: bool) -> None:
@@ -74,18 +74,18 @@ def kill_at_random(lab: Lab) -> Iterator[str]:
             while True:
                 last = heard.recv()
         process.join()
-        allowed = {lab.meant[last, 0]: "the last step that it said to be saved"}
+        allowed = {lab.meant[last, 0]: "the last step that it reported as saved"}
         cases.append((folder, {lab.meant[last + 1, 0]: "the step after that"} | allowed))
     yield from lab.check_all(cases)
 
 
 def kill_the_writer(lab: Lab) -> Iterator[str]:
-    """--async-save: the process that writes is killed; training hears of it, and can save again."""
+    """--async-save: the writer process is killed; training gets an error, and can save again."""
     yield from _in_the_writer(lab, die, "ended with -9")
 
 
 def full_disk_in_the_writer(lab: Lab) -> Iterator[str]:
-    """--async-save: no room in the process that writes."""
+    """--async-save: the disk of the writer process is full."""
     yield from _in_the_writer(lab, disk_full, "No space left on device")
 
 
@@ -108,13 +108,13 @@ def _in_the_writer(lab: Lab, spring: Callable[[str], None], message: str) -> Ite
 
     for at in itertools.count(1, 1 if LONG else 3):
         _, outcome = in_child(attempt, at)
-        if outcome is None:  # behind the writer's last call
+        if outcome is None:  # after the writer's last call
             return
         yield outcome
 
 
 def kill_the_trainer_while_the_writer_works(lab: Lab) -> Iterator[str]:
-    """--async-save: the writer goes on alone and publishes nothing; the next run is not disturbed by it."""
+    """--async-save: the writer process continues alone but publishes nothing, and does not disturb the next run."""
     from gram_engine.checkpoint import writer as checkpoint_writer
 
     def run(folder: Path, seconds: float) -> None:
@@ -138,7 +138,7 @@ def kill_the_trainer_while_the_writer_works(lab: Lab) -> Iterator[str]:
 
 
 def kill_one_of_two(lab: Lab) -> Iterator[str]:
-    """Two processes save; one is killed, the other hears of it from gloo. One process goes on."""
+    """Two processes save; one is killed, the other gets an error of gloo. A run of one process resumes."""
 
     def run(folder: Path, victim: int, at: int) -> None:
         if int(os.environ["RANK"]) == victim:
@@ -171,7 +171,7 @@ def failing_calls(lab: Lab) -> Iterator[str]:
             try:
                 task(folder)
             except CheckpointError as error:
-                assert "cannot be saved" in str(error) and "go on with --load" in str(error), error
+                assert "cannot be saved" in str(error) and "resume with --load" in str(error), error
                 allowed = {digest: f"CheckpointError, {name}" for digest, name in lab.before_or_new().items()}
             trap.set(folder, None, None)
             outcomes.append(lab.check(folder, allowed))
@@ -184,7 +184,7 @@ def failing_calls(lab: Lab) -> Iterator[str]:
 
 
 def file_size_limit(lab: Lab) -> Iterator[str]:
-    """The kernel refuses writes beyond a size, or kills for them, in any language's code."""
+    """The operating system refuses writes beyond a file size, or kills the process for them."""
     from gram_engine.errors import CheckpointError
 
     def run(folder: Path, limit: int, kills: bool, async_save: bool) -> str:
@@ -302,7 +302,7 @@ FAULTS = (
 
 
 def try_fault(fault_name: str, folder: Path, data: dict) -> Counter:
-    """All cases of one fault; how often each outcome came. Call it in a process without process groups."""
+    """Try all cases of one fault; returns how often each outcome occurred. Call it in a process without process groups."""
     from gram_engine.platform import device as platform
 
     platform.initialise("cpu")
@@ -317,7 +317,7 @@ def try_fault(fault_name: str, folder: Path, data: dict) -> Counter:
 
 
 def fault_rows() -> list[str]:
-    """A Markdown table: fault, how it was injected, times tried, outcomes. Tries them all."""
+    """Try all faults; returns a Markdown table: fault, how it was injected, times tried, outcomes."""
     from tests.conftest import make_tiny_data
 
     rows = ["| fault | how it is injected | times | what is loaded afterwards |", "|---|---|---|---|"]

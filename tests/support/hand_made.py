@@ -1,6 +1,6 @@
-"""A training state of a few kilobytes that the real saver writes and the real loader reads, and processes to do so in.
+"""A training state of a few kilobytes that the real saver writes and the real loader reads, and forked processes to do so in.
 
-What a state holds follows from (step, seed), so that whatever is loaded can be compared bit for bit with what was meant.
+A state is a function of (step, seed), so that whatever is loaded can be compared bit for bit with what should have been saved.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROWS, COLUMNS = 24, 300
 
 
 def run_state(config, step: int, seed: int = 0):
-    """(model, optimizer, scheduler) as they are after `step`; each process holds its share of the rows."""
+    """(model, optimizer, scheduler) of `step`; each process holds its share of the rows."""
     import torch
     import torch.distributed as dist
     from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
@@ -65,7 +65,7 @@ def run_state(config, step: int, seed: int = 0):
 
 
 def digest(state, position: dict) -> str:
-    """Of every bit of a state, gathered over the processes."""
+    """SHA-256 of all bits of a state, gathered from all processes."""
     import torch
     import torch.distributed as dist
 
@@ -77,13 +77,13 @@ def digest(state, position: dict) -> str:
 
 
 def meant(config, step: int, seed: int = 0) -> str:
-    """Digest of what `save` writes for a step."""
+    """Digest of the state that `save` writes for a step."""
     return digest(run_state(config, step, seed), {"iteration": step, "consumed_samples": 8 * step})
 
 
 @functools.cache
 def manifest_and_tokenizer(prefix: str, tokenizer_model: str) -> tuple:
-    """What a saver needs of the data; the modules for it take seconds to import."""
+    """Data manifest and tokenizer for a saver; cached, as the modules take seconds to import."""
     from gram_engine.data.dataset import PairDataset
     from gram_engine.data.tokenizer import Tokenizer
 
@@ -111,13 +111,13 @@ def _parsed(text: str):
 
 
 def quick_run_config_of(checkpoint):
-    """As checkpoint_folder.run_config_of, which takes a tenth of a second; files that differ in --save are parsed once."""
+    """As folder.run_config_of, which takes 0.1 s: files that differ only in --save are parsed once."""
     text = (checkpoint / "run_config.yaml").read_text()
     return _parsed(re.sub(r"(?m)^  save: .*$", "  save: null", text))
 
 
 def save(config, step: int, seed: int = 0, saver=None, resumed_from: Path | None = None):
-    """Begin to save a step (in the foreground: and finish). Returns the saver."""
+    """Save a step, or with --async-save start to. Returns the saver."""
     from gram_engine.checkpoint.save_load import TrainState
 
     saver = saver or new_saver(config)
@@ -127,7 +127,7 @@ def save(config, step: int, seed: int = 0, saver=None, resumed_from: Path | None
 
 
 def load(config, folder=None) -> tuple[str, list[str], Path]:
-    """(digest, log lines, checkpoint) of what a resuming run gets."""
+    """(digest of the state, log lines, checkpoint) that a resuming run gets."""
     from unittest import mock
 
     from gram_engine.checkpoint import save_load as checkpoint
@@ -150,14 +150,14 @@ def with_flags(config, save_to, **options):
 
 
 def in_child(function, *args):
-    """function(*args) in a forked process with a world of its own: (exit code, result or None where it died)."""
+    """Call function(*args) in a forked process with its own process group: (exit code, result or None if it died)."""
     return in_world(1, None, function, *args)[0]
 
 
 def in_world(size: int, store: Path | None, function, *args) -> list:
-    """As `in_child` for each of `size` processes that form a world by the file `store`.
+    """As `in_child` in each of `size` processes that form a process group by the file `store`.
 
-    Returns when the processes, and whatever they forked in their turn, have ended.
+    Returns when the processes, and whatever they have forked, have ended.
     """
     context = multiprocessing.get_context("fork")
     ends = [context.Pipe(duplex=False) for _ in range(size)]
@@ -177,7 +177,7 @@ def in_world(size: int, store: Path | None, function, *args) -> list:
 def _outcome(process, answer) -> tuple:
     answers = []
     try:
-        while True:  # until all that hold the pipe's other end are gone
+        while True:  # until all holders of the pipe's other end have ended
             assert answer.poll(CHILD_SECONDS), "a process hangs"
             answers.append(answer.recv())
     except EOFError:
@@ -189,7 +189,7 @@ def _outcome(process, answer) -> tuple:
 
 
 def start_world(rank: int = 0, size: int = 1, store: Path | None = None) -> None:
-    """Process groups of a forked process."""
+    """Initialise the process groups of a forked process."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state

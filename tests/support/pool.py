@@ -1,4 +1,4 @@
-"""A pool of worker processes that have torch and megatron-core imported, for tests that need several ranks."""
+"""A pool of worker processes that have imported torch and megatron-core, for tests that need several ranks."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ import torch.multiprocessing as mp
 
 TIMEOUT_SECONDS = 180
 MOST_THREADS = 150
-"""Threads of a worker that has kept too many of its past groups: each of these wakes a hundred times a second."""
+"""Above this number of threads in a worker, which come from past process groups, the pool starts again."""
 
 
 class WorkerError(AssertionError):
-    """A worker raised, died or hung; the text holds the rank and its traceback."""
+    """A worker raised, died or hung; the text has the rank and its traceback."""
 
 
 class Pool:
-    """`size` spawned processes on the loopback; each run forms a fresh gloo world of the first few."""
+    """`size` spawned processes; each run forms a new gloo process group of the first few."""
 
     def __init__(self, size: int):
         self.size = size
         self.workers: list = []
 
     def run(self, function, world_size: int, *args, timeout: float = TIMEOUT_SECONDS) -> list:
-        """Call function(*args) in `world_size` ranks; returns what each rank returned.
+        """Call function(*args) on `world_size` ranks; returns the result of each rank.
 
         Raises:
-            WorkerError: a rank raised, died or did not answer in time; the pool starts anew for the next run.
+            WorkerError: a rank raised, died or did not answer in time; the pool starts again for the next run.
         """
         self._start()
         with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +67,7 @@ class Pool:
             self.workers.append((process, ours))
 
     def _answer(self, rank: int, timeout: float) -> tuple:
-        """(what the rank returned, its threads)"""
+        """(result of the rank, number of its threads)"""
         connection = self.workers[rank][1]
         if not connection.poll(timeout):
             raise WorkerError(f"rank {rank} did not answer within {timeout} s")
@@ -83,7 +83,7 @@ class Pool:
 def _kill_session(process) -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # it died, or has not come as far as setsid
+    except ProcessLookupError:  # it died, or has not reached setsid
         process.kill()
 
 
@@ -123,4 +123,4 @@ def _in_world(function, args, rank: int, world_size: int, store: str):
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-        gc.collect()  # a model's cycles keep groups, and each of these several threads
+        gc.collect()  # reference cycles of a model keep process groups alive, and with each several threads

@@ -1,4 +1,4 @@
-"""A tiny model's flags and runs of it, for tests that train: shared by the parity, packing and resume tests."""
+"""Flags of a tiny model, and runs of it, for tests that train."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHAPE = (
 
 
 def tiny_config(prefix: str, tokenizer_model: str, flags: str = "") -> Config:
-    """Resolved configuration of a six-layer model (so that 2 and 3 pipeline stages, and virtual ones, fit)."""
+    """Resolved configuration of a model of six layers, which 2 and 3 pipeline stages, and virtual ones, can share."""
     from gram_engine.model.shapes import resolve_shape
 
     config = parse([*SHAPE.split(), "--data-path", prefix, "--tokenizer-model", tokenizer_model, *flags.split()])
@@ -76,7 +76,7 @@ def float64_gradients(prefix: str, tokenizer_model: str, flags: str, change=None
 
 
 def packed(lengths):
-    """(position ids [1, tokens], PackSequences) of whole sequences, one after the other, for calls of the model itself."""
+    """(position ids [1, tokens], PackSequences) of consecutive whole sequences, for calling the model directly."""
     import torch
 
     from gram_engine.kernels.attention import AttentionBounds
