@@ -31,6 +31,11 @@ class Platform:
     def is_cuda(self) -> bool:
         return self.device.type == "cuda"
 
+    def use_in_this_thread(self) -> None:
+        """Make the device the current one of the calling thread; CUDA's default in a new thread is device 0."""
+        if self.is_cuda:
+            torch.cuda.set_device(self.device)
+
     def memory_allocated_bytes(self) -> int:
         """Peak memory of the GPU's allocator, or this process's resident memory."""
         return torch.cuda.max_memory_allocated() if self.is_cuda else psutil.Process().memory_info().rss
@@ -42,13 +47,8 @@ class Platform:
         name = torch.cuda.get_device_name(self.device)
         return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
-    def use_in_this_thread(self) -> None:
-        """Make the device the current one of the calling thread; new threads of CUDA start at device 0."""
-        if self.is_cuda:
-            torch.cuda.set_device(self.device)
-
     def synchronize(self) -> None:
-        """Wait until the device has finished all work that was queued."""
+        """Wait until the device has done what it was given."""
         if self.is_cuda:
             torch.cuda.synchronize()
 
