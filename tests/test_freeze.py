@@ -34,7 +34,7 @@ def data(tiny_data, tmp_path_factory):
 
 
 def trained(prefix, tokenizer_model, flags):
-    """Of each parameter of this process: (requires a gradient, has a buffer for it, is as it was); numbers of elements."""
+    """{parameter of this process: (requires a gradient, has a gradient buffer, is unchanged)}, and numbers of elements."""
     trainer = tiny_trainer(tiny_config(prefix, tokenizer_model, f"--num-layers 2 {flags}"))
     parameters = {name: parameter for chunk in trainer.model for name, parameter in chunk.module.named_parameters()}
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -70,7 +70,7 @@ def test_frozen_weights_stay_and_cost_nothing(run, pool, data):
 
 
 def stored(folder) -> set[str]:
-    """Names of the weights that a checkpoint has optimizer state of."""
+    """Names of the weights whose optimizer state is in a checkpoint."""
     from gram_engine.checkpoint.folder import latest_checkpoint
     from gram_engine.checkpoint.torch_dist import TorchDistCheckpoint
 

@@ -58,7 +58,7 @@ def files(tmp_path_factory):
 
 
 def test_sigterm_to_the_launcher_saves_and_exits_0(files, tmp_path):
-    """As a cluster's manager sends it; torchrun itself would kill the trainers and exit with 1."""
+    """As cluster managers send it; torchrun itself would kill the trainers and exit with 1."""
     flags = [*SHAPE, *files, "--train-iters", "100000", "--save", str(tmp_path / "run"), "--nproc-per-node", "2"]
     launcher = subprocess.Popen(
         ["bash", "examples/finetune_gram.sh", *flags],
@@ -77,14 +77,14 @@ def test_sigterm_to_the_launcher_saves_and_exits_0(files, tmp_path):
     assert (tmp_path / "run" / TRACKER).read_text().strip() == left[1]
 
 
-def test_a_process_killed_twice_in_a_run_comes_back_and_ends_in_the_same_bits(tmp_path):
+def test_a_run_with_two_killed_processes_ends_with_the_same_bits(tmp_path):
     runs, equal = soak(SoakConfig(steps=30, kills=2, save_interval=5, output_dir=str(tmp_path)))
     assert equal
     assert [(run.killed, run.terminated) for run in runs] == [(0, 0), (2, 0)]
     assert runs[1].steps_done > runs[0].steps_done == 30
 
 
-def test_a_hang_is_told_with_the_stacks_of_every_process(files):
+def test_a_hang_prints_the_stacks_of_every_process(files):
     flags = [*SHAPE, *files, "--train-iters", "20", "--distributed-timeout-minutes", "0.25"]
     done = subprocess.run(
         [sys.executable, "-m", "gram_engine.training.launch", "tests/support/hanging_run.py", "--nproc-per-node", "2", *flags],

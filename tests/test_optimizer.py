@@ -16,7 +16,7 @@ def tensors(dtype: torch.dtype, shapes=SHAPES) -> list[torch.Tensor]:
 
 
 class HostReads(TorchDispatchMode):
-    """Counts values that operations read from tensors; on a GPU each of these waits until the device has come so far."""
+    """Counts reads of tensor values on the host, each of which would wait for a GPU."""
 
     def __init__(self):
         super().__init__()
@@ -74,7 +74,7 @@ def test_norm_and_scale_read_no_value():
 
 
 def clipped(gradients: list):
-    """([clipped by megatron-core with ours, with its fallback], whether the same memory holds them)"""
+    """([gradients clipped with our functions, with megatron-core's fallback], whether in place)"""
     from unittest import mock
 
     from megatron.core import utils
@@ -121,7 +121,7 @@ def test_scaling_of_other_dtypes_equals_the_fallback(dtype, rounding, pool):
 
 
 def reads_of_a_step(prefix, tokenizer, flags):
-    """Host reads between the gradients and the new weights, and how many parameters there are."""
+    """(number of host reads between gradients and new weights, number of parameters)"""
     from gram_engine.training.optimizer import step_unless_nonfinite
     from gram_engine.training.step import run_schedule
 
@@ -155,8 +155,8 @@ def resume(prefix, tokenizer, flags, folder):
 
 
 @pytest.mark.parametrize("distributed", ["", "--use-distributed-optimizer"], ids=["plain", "distributed-optimizer"])
-def test_a_run_may_go_on_with_other_rates(distributed, pool, tiny_data, tmp_path):
-    """The checkpoint's schedule holds, as megatron-core has it."""
+def test_a_run_may_resume_with_another_learning_rate(distributed, pool, tiny_data, tmp_path):
+    """The schedule of the checkpoint is used, as in Megatron-LM."""
     data = (tiny_data["stage2"], tiny_data["tokenizer"])
     expected = pool.run(save_two_steps, 1, *data, f"{distributed} --lr 3e-3", str(tmp_path))[0]
     assert pool.run(resume, 1, *data, f"{distributed} --lr 1e-3", str(tmp_path))[0] == expected

@@ -1,4 +1,4 @@
-"""Batches that a thread prepares are those that the loader gives, in the order asked for, and its errors reach the training."""
+"""Prefetched batches equal those of the loader, in the requested order, and errors of the thread are raised in training."""
 
 from tests.support.tiny import tiny_config, tiny_trainer
 
@@ -10,7 +10,7 @@ def prefetched(prefix, tokenizer_model):
     made, batch_of = [], trainer.loader.batch
     trainer.loader.batch = lambda consumed: made.append(consumed) or batch_of(consumed)
     same = []
-    for consumed in (0, 8, 16, 0, 24):  # in order, then back, then on
+    for consumed in (0, 8, 16, 0, 24):  # in order, then back, then forward
         found, expected = trainer.batches.batch(consumed), batch_of(consumed)
         same.append(torch.equal(torch.from_numpy(found.sample_ids), torch.from_numpy(expected.sample_ids)))
         pairs = zip(found.microbatches, expected.microbatches, strict=True)
@@ -29,7 +29,7 @@ def failing(prefix, tokenizer_model):
         return batch_of(consumed)
 
     trainer.loader.batch = broken
-    trainer.batches.batch(0)  # the thread meets the error now
+    trainer.batches.batch(0)  # the thread runs into the error now
     try:
         trainer.batches.batch(8)
     except OSError as error:

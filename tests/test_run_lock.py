@@ -30,7 +30,7 @@ ELSEWHERE = {"host": "node-7", "machine": ["node-7", "another boot", "pid:[1]", 
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
-    """A holder counts every 0.02 s; whoever watches it looks for a second."""
+    """A holder counts every 0.02 s, and other runs watch its record for a second."""
     monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.02)
     monkeypatch.setattr(run_lock, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr(run_lock, "LOOKS", 50)
@@ -38,7 +38,7 @@ def quickly(monkeypatch):
 
 
 def acquired(folder, **process):
-    """A lock that is held, by a process with other properties than this one's where they are given."""
+    """A lock that is held; `process` replaces properties of this process in its record."""
     lock = RunLock(folder)
     lock.process |= process
     lock.acquire()
@@ -46,7 +46,7 @@ def acquired(folder, **process):
 
 
 def abandoned(folder, **process):
-    """A lock whose holder neither counts any more nor releases it."""
+    """A lock whose holder has stopped counting and does not release it."""
     lock = acquired(folder, **process)
     lock.ended.set()
     lock.thread.join()
@@ -57,7 +57,7 @@ def records(folder):
     return [path.name for path in (folder / LOCK).iterdir()]
 
 
-def test_release_leaves_nothing_and_the_next_run_may_come(tmp_path):
+def test_release_leaves_nothing_and_the_next_run_can_acquire(tmp_path):
     for _ in range(3):
         lock = acquired(tmp_path / "run")
         assert records(tmp_path / "run") == [lock.name]
@@ -67,7 +67,7 @@ def test_release_leaves_nothing_and_the_next_run_may_come(tmp_path):
         assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_a_living_run_of_this_machine_is_told_at_once_and_goes_on(tmp_path, monkeypatch):
+def test_a_living_run_of_this_machine_is_noticed_at_once_and_keeps_the_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "LOOK_SECONDS", 1000)
     holder, second = acquired(tmp_path), RunLock(tmp_path)
     with pytest.raises(ConfigError, match=f"process {os.getpid()} on {socket.gethostname()} .*stop it, or give another --save"):
@@ -78,7 +78,7 @@ def test_a_living_run_of_this_machine_is_told_at_once_and_goes_on(tmp_path, monk
 
 
 @pytest.mark.parametrize("changed", [{"pid": 4194305}, {"started": 1}])
-def test_a_dead_process_or_one_that_got_its_number_is_no_holder(changed, tmp_path, monkeypatch):
+def test_a_dead_process_or_a_new_one_with_its_pid_is_no_holder(changed, tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "LOOK_SECONDS", 1000)
     abandoned(tmp_path, **changed)
     lock = acquired(tmp_path)
@@ -103,7 +103,7 @@ def test_a_run_of_another_machine_is_refused_while_it_counts(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("machine", [ELSEWHERE["machine"], None])
-def test_a_run_of_another_machine_is_replaced_when_it_counts_no_more(machine, tmp_path, capsys):
+def test_a_run_of_another_machine_is_replaced_when_it_stops_counting(machine, tmp_path, capsys):
     dead = abandoned(tmp_path, host="node-7", machine=machine)
     lock = acquired(tmp_path)
     assert records(tmp_path) == [lock.name]
@@ -123,7 +123,7 @@ def test_a_record_that_cannot_be_read_is_watched(content, tmp_path, capsys):
     assert "whose record cannot be read has saved here" in capsys.readouterr().out
 
 
-def test_what_a_kill_between_two_calls_leaves_locks_nobody_out(tmp_path):
+def test_leftovers_of_a_kill_between_two_calls_lock_nobody_out(tmp_path):
     """The three states between two calls of a claim and of a removal."""
     (tmp_path / LOCK).mkdir()
     (tmp_path / f"{LOCK}.0123.tmp").mkdir()
@@ -135,7 +135,7 @@ def test_what_a_kill_between_two_calls_leaves_locks_nobody_out(tmp_path):
 
 
 @pytest.mark.parametrize("dead", [{"started": 1}, ELSEWHERE])
-def test_of_many_that_find_a_dead_run_one_wins(dead, tmp_path, monkeypatch):
+def test_one_of_many_runs_that_find_a_dead_one_wins(dead, tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "LOOKS", 2)
     rivals, rounds = 4, 60
     start = threading.Barrier(rivals)
@@ -158,8 +158,8 @@ def test_of_many_that_find_a_dead_run_one_wins(dead, tmp_path, monkeypatch):
             winners[0].release()
 
 
-def test_a_slow_rival_does_not_hit_who_came_before_it(tmp_path):
-    """It saw the dead run, and acts only after another has replaced it."""
+def test_a_slow_rival_does_not_remove_a_new_holder(tmp_path):
+    """It has seen the dead run, and acts only after another run has replaced it."""
     dead, slow = abandoned(tmp_path, started=1), RunLock(tmp_path)
     (seen,) = slow._records()
     holder = acquired(tmp_path)
@@ -180,7 +180,7 @@ def test_a_holder_notices_that_it_was_replaced_and_does_not_come_back(tmp_path):
         holder.release()
 
 
-def test_a_record_that_somebody_removed_is_made_anew(tmp_path):
+def test_a_record_that_somebody_removed_is_written_again(tmp_path):
     holder = acquired(tmp_path / "run")
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
     holder.check()
@@ -225,7 +225,7 @@ def test_a_folder_that_cannot_be_written_is_refused_by_every_process(pool, tmp_p
 
 
 def save_after_a_theft(config, folder, stolen_when_written):
-    """Two steps; another run takes the folder over before the second, or when that is written but has no name yet."""
+    """Save two steps; another run takes the lock before the second, or when that is written but not published yet."""
     import torch.distributed as dist
 
     from gram_engine.training.initialise import start_model_parallel
@@ -256,7 +256,7 @@ def test_a_run_that_lost_its_folder_saves_nothing_more(stolen_when_written, pool
 
 @contextmanager
 def started(tiny_data, folder, *flags, launcher=()):
-    """A training that saves into `folder`, and will not end by itself."""
+    """A training process that saves to `folder` and does not end by itself."""
     shape = (*SHAPE.split(), "--train-iters", "100000", "--log-interval", "1")
     files = ("--data-path", tiny_data["stage2"], "--tokenizer-model", tiny_data["tokenizer"], "--save", str(folder))
     process = subprocess.Popen(
@@ -272,7 +272,7 @@ def started(tiny_data, folder, *flags, launcher=()):
 
 
 def read_until(process, pattern):
-    """(the line that fits, all before it)"""
+    """(first line that matches, all lines before it)"""
     lines = []
     for line in process.stdout:
         lines.append(line)

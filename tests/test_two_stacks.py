@@ -1,4 +1,4 @@
-"""A checkpoint of the older megatron-core goes on in the newer one.
+"""A checkpoint of the older megatron-core resumes in the newer one.
 
 GRAM_OTHER_PYTHON names the Python of an environment with the other line of megatron-core (CONTRIBUTING.md).
 """
@@ -22,13 +22,13 @@ pytestmark = pytest.mark.skipif(OTHER is None, reason="GRAM_OTHER_PYTHON names n
 
 
 def versions(python: str) -> list[str]:
-    """megatron-core's and torch's."""
+    """Versions of megatron-core and torch."""
     code = "from importlib.metadata import version; print(version('megatron-core'), version('torch'))"
     return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.split()
 
 
 def run_in(python: str, part: str, *args) -> dict:
-    """main(part, *args) in a process of `python`; what it found."""
+    """Run main(part, *args) in a process of `python`; returns what it prints."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [python, "-W", "ignore", "-c", "import sys; from tests.test_two_stacks import main; main(*sys.argv[1:])"]
     done = subprocess.run([*command, part, *args], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
@@ -37,7 +37,7 @@ def run_in(python: str, part: str, *args) -> dict:
 
 
 def main(part: str, prefix: str, tokenizer: str, flags: str, folder: str) -> None:
-    """One process: train and save on the way, or resume. Prints (loss, gradient norm) of the steps."""
+    """Train and save in between, or resume. Prints (loss, gradient norm) of each step."""
     import torch.distributed as dist
 
     from gram_engine.platform import device as platform
@@ -60,7 +60,7 @@ def main(part: str, prefix: str, tokenizer: str, flags: str, folder: str) -> Non
     ["", "--use-distributed-optimizer --bf16", "--lora-rank 4 --untie-embeddings-and-output-weights True"],
     ids=["plain", "distributed-bf16", "lora"],
 )
-def test_a_checkpoint_of_the_older_stack_goes_on_in_the_newer_one(flags, tiny_data, tmp_path):
+def test_a_checkpoint_of_the_older_stack_resumes_in_the_newer_one(flags, tiny_data, tmp_path):
     pythons = sorted((sys.executable, OTHER), key=lambda python: versions(python))
     old, new = (versions(python)[0].rpartition(".")[0] for python in pythons)
     assert (old, new) == ("0.16", "0.19"), "GRAM_OTHER_PYTHON has the same line of megatron-core as this Python"
