@@ -16,7 +16,7 @@ LAYOUTS = {"one": (1, ""), "dp2": (2, "--use-distributed-optimizer --overlap-gra
 
 
 def poisoned(prefix, tokenizer_model, flags, bad_steps, bad_rank):
-    """Six steps, of which `bad_steps` have a NaN sample weight on one rank. Returns the curve, and the state after each step."""
+    """Six steps, of which `bad_steps` have a NaN weight on one rank. Returns the curve, and the state after each step."""
     import torch.distributed as dist
 
     trainer = tiny_trainer(tiny_config(prefix, tokenizer_model, f"{STAGE2} {flags}"))
