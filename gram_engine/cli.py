@@ -18,6 +18,7 @@ COMMANDS = {
     "reproduce": ("gram_engine.reproduce.command:main", "the paper's comparison from a recipe, with a report"),
     "plan": ("gram_engine.planning.command:main", "which layouts of a model fit on how many GPUs, and how fast"),
     "train-tokenizer": ("gram_engine.data.train_tokenizer:main", "train a SentencePiece tokenizer on preference files"),
+    "benchmark": ("gram_engine.benchmarks.command:main", "measure time and memory; gram benchmark --help lists what"),
     "demo-data": ("gram_engine.data.demo:main", "make the demonstration preference data"),
 }
 

@@ -15,11 +15,32 @@ import numpy
 import pytest
 import torch
 
-from gram_engine.benchmarks import gpu_check, losses, offline, page, peers
-from gram_engine.benchmarks.measure import MEMORY_FLOOR, PeakMemory, Row, add_ratios, measure, table
+from gram_engine.benchmarks import gpu_check, losses, offline, peers, planned_memory, results
+from gram_engine.benchmarks.command import BENCHMARKS
+from gram_engine.benchmarks.command import main as benchmark_main
+from gram_engine.benchmarks.measure import PeakMemory, in_new_processes, measure
+from gram_engine.benchmarks.results import MEMORY_FLOOR, Row, add_ratios, table
+from gram_engine.errors import GramError
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
+GRAM_BENCHMARK = [sys.executable, "-m", "gram_engine.cli", "benchmark"]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_explains_its_flags(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        benchmark_main([name, "--help"])
+    assert ended.value.code == 0 and "--json" in capsys.readouterr().out
+
+
+def test_names_and_flags_that_do_not_exist_are_refused(capsys):
+    for arguments, status in ([["--help"], 0], [[], 2], [["speed"], 2], [["losses", "--no-such-flag"], 2]):
+        with pytest.raises(SystemExit) as ended:
+            benchmark_main(arguments)
+        assert ended.value.code == status
+    text = capsys.readouterr().out
+    assert all(f"gram benchmark {name} " in text for name in BENCHMARKS)
 
 
 def problem():
@@ -52,14 +73,14 @@ def test_stage_2_two_token_contestants_give_the_same_gradient():
 
 def test_command_prints_a_table_and_writes_json(tmp_path):
     output = tmp_path / "rows.json"
-    command = [sys.executable, "tools/benchmark_losses.py", "--shapes", "tiny", "--repeats", "1", "--steps", "--step-models",
-               "tiny", "--step-tokens", "256", "--json", str(output)]  # fmt: skip
+    command = [*GRAM_BENCHMARK, "losses", "--shapes", "tiny", "--repeats", "1", "--steps", "--step-models", "tiny",
+               "--step-tokens", "256", "--json", str(output)]  # fmt: skip
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, env=environment)
     assert done.returncode == 0, done.stderr
     assert "megatron-core vocab-parallel cross entropy" in done.stdout and "tokens/s" in done.stdout
     content = json.loads(output.read_text())
-    assert content["versions"]["torch"] == torch.__version__ and "--shapes tiny" in content["command"]
+    assert content["versions"]["torch"] == torch.__version__ and content["command"].startswith("gram benchmark losses --shapes tiny")
     by_name = {(row["benchmark"], row["name"]): row for row in content["rows"]}
     assert len(by_name) == 4 + 6 + 3
     for row in content["rows"]:
@@ -99,7 +120,7 @@ def test_memory_below_the_floor_counts_as_the_floor():
     assert "10.00x" in table(rows) and "< 1 MiB" in table(rows)
 
 
-PEERS = peers.Benchmark(
+PEERS = peers.Peers(
     shape="--num-layers 2 --hidden-size 32 --ffn-hidden-size 96 --num-attention-heads 4 --num-query-groups 2", vocab_size=512,
     dtype="float32", seq_length=512, global_batch_size=8, pack=2, steps=1, warmup=1, trl=False,
 )  # fmt: skip
@@ -122,7 +143,7 @@ def test_peers_do_the_same_work(stage, capsys):
 def test_throughput_of_two_processes(tmp_path):
     output = tmp_path / "rows.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["tools/benchmark_throughput.py", "--stage", "1", "--steps", "1", "--warmup", "0", "--json", str(output)]
+    command += [*GRAM_BENCHMARK[1:], "throughput", "--stage", "1", "--steps", "1", "--warmup", "0", "--json", str(output)]
     command += "--model tiny --vocab-size 512 --global-batch-size 4 --context-parallel-size 2".split()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
@@ -130,6 +151,30 @@ def test_throughput_of_two_processes(tmp_path):
     assert row["name"] == "TP1 PP1 CP2 DP1" and row["shape"]["samples"] == 4
     assert row["figures"]["samples_per_s"] == pytest.approx(4 / (row["median_ms"] / 1e3))
     assert row["figures"]["tflops_per_device"] > 0 and "tokens/s" in done.stdout
+
+
+def test_saving_in_the_background_is_measured(tmp_path):
+    output, flags = tmp_path / "rows.json", "--interval 1 --rounds 1 --model tiny --vocab-size 600 --seq-length 512"
+    command = [*GRAM_BENCHMARK, "saving", *flags.split(), "--global-batch-size", "2", "--json", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["no saving", "saving"] and rows[1]["time_ratio"] > 0
+    assert rows[1]["figures"]["checkpoint_bytes"] > 12 * 600 * rows[1]["shape"]["hidden"]
+
+
+@pytest.mark.parametrize("stage", [planned_memory.STAGE_1, planned_memory.STAGE_2])
+def test_planned_memory_is_compared_with_two_processes(stage):
+    """Two tensor-parallel processes; the layouts of the benchmark itself are larger, and predicted within 3 %."""
+    flags = "--tensor-model-parallel-size 2 --sequence-parallel --num-layers 2 --hidden-size 128 --ffn-hidden-size 256"
+    rows = planned_memory.compare(planned_memory.Case("small", 2, stage + flags))
+    assert [row.process for row in rows] == [0, 1]
+    assert all(abs(row.error) < 0.1 for row in rows), rows
+
+
+def test_a_process_that_dies_is_an_error_with_the_hint():
+    with pytest.raises(GramError, match="_exit died .* Out of memory[?]"):
+        in_new_processes(os._exit, 3, hint="Out of memory?")
 
 
 def test_gpu_check_keeps_what_a_step_measured_and_what_stopped():
@@ -226,7 +271,7 @@ def test_page_of_one_file_names_what_was_skipped(tmp_path):
         "skipped": [{"what": "flash_attn", "why": "not installed"}, {"what": "peers", "why": "--only losses"}],
     }  # fmt: skip
     (tmp_path / "gpu.json").write_text(json.dumps(content))
-    text = page.write_page_of(tmp_path / "gpu.json").read_text()
+    text = results.write_page_of(tmp_path / "gpu.json").read_text()
     assert (tmp_path / "gpu.md").read_text() == text and "- losses: exit status 1" in text
     assert "- flash_attn: not installed\n- peers: --only losses\n" in text and "(`--offline`)" in text
 
@@ -237,14 +282,14 @@ def test_page_shows_every_results_file(tmp_path):
         {**base, "name": name, "baseline": "slow", "median_ms": ms, "time_ratio": ratio, "memory_ratio": None}
         for name, ms, ratio in (("slow", 10.0, 1.0), ("fast", 2.0, 5.0))
     ]
-    content = {"date": "2026-01-02T00:00:00", "versions": {"torch": "2"}, "command": "benchmark_peers.py", "rows": rows}
+    content = {"date": "2026-01-02T00:00:00", "versions": {"torch": "2"}, "command": "gram benchmark peers", "rows": rows}
     (tmp_path / "peers-cpu.json").write_text(json.dumps(content))
-    text = page.write_page(tmp_path).read_text()
+    text = results.write_page(tmp_path).read_text()
     assert "No GPU has run these yet" in text and "peers-cpu" in text and "5.00x" in text
     assert (tmp_path / "plots" / "peers-cpu.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "results").mkdir()
     step = {"name": "tests", "command": "python -m pytest", "exit_status": 0, "summary": "3 passed"}
     found = {**content, "gpu": "NVIDIA H200", "driver": "1", "steps": [step]}
     (tmp_path / "results" / "2026-01-02-nvidia-h200.json").write_text(json.dumps(found))
-    text = page.write_page(tmp_path).read_text()
+    text = results.write_page(tmp_path).read_text()
     assert "3 passed" in text and "NVIDIA H200, driver 1" in text and "No GPU" not in text

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from gram_engine.benchmarks.soak import SHAPE, SoakConfig, make_files, soak
+from gram_engine.benchmarks.workload import demonstration_data
 from gram_engine.checkpoint.folder import TRACKER
+from tests.support.soak import SHAPE, SoakConfig, soak
 from tests.support.tiny import tiny_config, tiny_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +55,7 @@ def test_the_time_limit_stops_all_with_a_checkpoint(pool, tiny_data, tmp_path):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    return make_files(tmp_path_factory.mktemp("interrupted"))
+    return demonstration_data(tmp_path_factory.mktemp("interrupted"))
 
 
 def test_sigterm_to_the_launcher_saves_and_exits_0(files, tmp_path):

@@ -1,8 +1,8 @@
-"""The GPU suite and the GPU benchmarks in one command of bounded time, with a dated results file.
+"""The GPU tests and the GPU benchmarks in one command with a time limit, and a dated file of their results.
 
-Every step is a command of its own, that a user could run, with a time limit; what was measured is written after each, so
-that an interrupted run keeps it. What did not run is listed with its reason: skipped tests, benchmarks left out, packages
-that are missing or of another version than the pins.
+Every step is a separate command with a time limit, which a user could run too. Results are written after each step, so that an
+interrupted run keeps what it has measured. The file also lists what did not run, and why: skipped tests, benchmarks that were
+left out, packages that are missing or not of the pinned version.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from typing import Any, Optional
 import torch
 import tyro
 
-from gram_engine.benchmarks.measure import versions
 from gram_engine.benchmarks.offline import differences
-from gram_engine.benchmarks.page import RESULTS, write_page, write_page_of
+from gram_engine.benchmarks.results import RESULTS, versions, write_page, write_page_of
 from gram_engine.config.parse import fail
 from gram_engine.errors import ConfigError, GramError
 from gram_engine.files import write_atomically
 
 ROOT = Path(__file__).parents[2]
 KERNEL_TESTS = ("tests/test_pair_loss.py", "tests/test_kernels_cross_entropy.py", "tests/test_linear_cross_entropy.py")
+BENCHMARK = "-m gram_engine.cli benchmark"
 PACKS = "--bf16 --seq-length 8192 --global-batch-size 64 --steps 4 --warmup 2"
 TAIL = 3000
 PACKAGES = ("transformer_engine", "flash_attn")
 GRACE = 20
-"""Seconds that an interrupted step has to write what it found."""
+"""Seconds that an interrupted step gets to write its report."""
 
 
 @dataclass
@@ -47,26 +47,28 @@ class Check:
     """Run the GPU tests and benchmarks, and write tools/benchmarks/results/DATE-GPU.json and the page of all results."""
 
     minutes: float = 15.0
-    """Time for everything; steps that would begin later are left out, and named."""
+    """Time limit for all steps; those that would begin later are left out and listed."""
     test_seconds: float = 420.0
-    """Most time for the tests."""
+    """Time limit for the tests."""
     benchmark_seconds: float = 90.0
-    """Most time for each benchmark of throughput; the other ones have limits of their own."""
+    """Time limit for each throughput benchmark; the other benchmarks have fixed limits."""
     output: Optional[str] = None
-    """Results file instead of the dated one; its page, with the same name and .md, is written beside it."""
+    """Results file, in place of the dated one; its page is written beside it, with the ending .md."""
     only: Optional[str] = None
-    """Run the steps whose name contains this text."""
+    """Run only the steps whose name contains this text."""
     offline: bool = False
-    """Say in the results that the machine's own packages were used (tools/gpu_check.sh --offline sets it)."""
+    """Note in the results that the machine's own packages were used (set by tools/gpu_check.sh --offline)."""
 
 
 @dataclass
 class Step:
-    """A command (arguments of this Python), with its time limit; benchmarks get `--json FILE` appended."""
+    """One command."""
 
     name: str
     command: list[str]
+    """Arguments of this Python; of a benchmark without `--json FILE`, which is appended."""
     limit: float
+    """Seconds."""
     benchmark: bool = True
 
 
@@ -83,35 +85,35 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def steps(options: Check, has_transformer_engine: bool) -> list[Step]:
-    """What to run, the most telling first. The 3B model recomputes its layers: without that it does not fit into 80 GB."""
+    """What to run, the most important first. The 3B model recomputes its layers, or it would not fit into 80 GB."""
     tests = ["-m", "pytest", "-q", "tests/gpu", *KERNEL_TESTS]
     found = [Step("tests", tests, options.test_seconds, benchmark=False)]
     for model, memory in (("llama-3.2-1b", ""), ("llama-3.2-3b", "--recompute-granularity full")):
         for stage in ("2", "1"):
-            flags = f"tools/benchmark_throughput.py --stage {stage} --model {model} {PACKS} {memory}".split()
+            flags = f"{BENCHMARK} throughput --stage {stage} --model {model} {PACKS} {memory}".split()
             found.append(Step(f"throughput {model} stage {stage}", flags, options.benchmark_seconds))
             if has_transformer_engine:
                 fp8 = [*flags, "--fp8-format", "hybrid"]
                 found.append(Step(f"throughput {model} stage {stage} fp8", fp8, options.benchmark_seconds))
-    peers = ["tools/benchmark_peers.py", "--shape=--model llama-3.2-1b", "--no-parts", "--pack", "4", "--steps", "3"]
+    peers = [*BENCHMARK.split(), "peers", "--shape=--model llama-3.2-1b", "--no-parts", "--pack", "4", "--steps", "3"]
     found.append(Step("peers llama-3.2-1b", peers, 150))
-    losses = "tools/benchmark_losses.py --device cuda --dtype bfloat16 --shapes llama-3.2-1b llama-3.1-8b".split()
+    losses = f"{BENCHMARK} losses --device cuda --dtype bfloat16 --shapes llama-3.2-1b llama-3.1-8b".split()
     found.append(Step("losses", losses, 60))
     return found
 
 
 def missing_packages() -> list[dict[str, str]]:
-    """Transformer Engine and flash-attn, where they are absent: what is not measured without them."""
+    """For Transformer Engine and flash-attn, where one is not installed: what is not measured without it."""
     meaning = {
         "transformer_engine": "its tests are skipped, its FP8 benchmarks left out; local layers are measured",
         "flash_attn": "attention runs by torch's own flash kernels",
     }
-    absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    return [{"what": name, "why": f"not installed (make gpu builds it): {meaning[name]}"} for name in absent]
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    return [{"what": name, "why": f"not installed (make gpu builds it): {meaning[name]}"} for name in missing]
 
 
 def run(options: Check) -> Path:
-    """Run the steps that there is time for; returns the results file."""
+    """Run the steps for which there is time; returns the path of the results file."""
     started = time.perf_counter()
     gpu = torch.cuda.get_device_name()
     content: dict[str, Any] = {
@@ -121,7 +123,7 @@ def run(options: Check) -> Path:
         "versions": versions(),
         "offline": options.offline,
         "steps": [],
-        "skipped": missing_packages() + [{"what": name, "why": f"version {told}"} for name, told in differences().items()],
+        "skipped": missing_packages() + [{"what": name, "why": f"version {text}"} for name, text in differences().items()],
         "rows": [],
     }
     name = f"{content['date'][:10]}-{gpu.lower().replace(' ', '-')}.json"
@@ -134,7 +136,7 @@ def run(options: Check) -> Path:
 
 
 def add(content: dict[str, Any], step: Step, left: float, options: Check) -> None:
-    """Run one step in the seconds that are left, or leave it out, and note in `content` which, and why."""
+    """Run a step within the `left` seconds, or leave it out; `content` gets its outcome, or the reason."""
     reason = None
     if options.only and options.only not in step.name:
         reason = f"--only {options.only}"
@@ -152,7 +154,7 @@ def add(content: dict[str, Any], step: Step, left: float, options: Check) -> Non
 
 
 def run_step(step: Step, limit: float) -> tuple[dict[str, Any], list]:
-    """(what happened, the benchmark's rows); of tests also the skipped ones, with their reasons."""
+    """(outcome, rows of a benchmark). The outcome of tests also lists the skipped ones, with their reasons."""
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / ("rows.json" if step.benchmark else "tests.xml")
         command = [*step.command, *(["--json", str(written)] if step.benchmark else [f"--junitxml={written}"])]
@@ -172,7 +174,7 @@ def run_step(step: Step, limit: float) -> tuple[dict[str, Any], list]:
 
 
 def skipped_tests(report: Path) -> list[dict[str, str]]:
-    """From pytest's JUnit file: how many tests of which file were skipped for which reason."""
+    """How many tests of which file were skipped, and why, from pytest's JUnit file."""
     found = Counter(
         (case.get("classname", "").replace(".", "/"), skipped.get("message", ""))
         for case in xml.parse(report).getroot().iter("testcase")
@@ -185,10 +187,11 @@ def skipped_tests(report: Path) -> list[dict[str, str]]:
 
 
 def _run(command: list[str], limit: float) -> tuple[int | str, str]:
-    """(exit status, or that it was stopped; output). At the limit it is interrupted, as by Ctrl-C, then killed with the rest.
+    """(exit status, or a text that it was stopped; output) of a command. After `limit` seconds it is interrupted as by Ctrl-C;
+    GRACE seconds later it is killed with all its children.
 
-    The output goes through a file: a child that outlives the command would hold a pipe open. A shell's background jobs ignore
-    interrupts, and so would the command, were it not reset.
+    Output goes to a file, because a child that outlives the command would keep a pipe open. SIGINT is reset to its default,
+    because a background job of a shell ignores it, and its children would too.
     """
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         process = subprocess.Popen(

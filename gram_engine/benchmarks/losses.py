@@ -1,27 +1,32 @@
-"""Output layer + loss, forward and backward: ours against what others do, on the same tensors in one run.
+"""Output layer + loss, forward and backward: ours beside what others do, on the same tensors in one run.
 
-Stage 2 needs a loss at `labels` positions of `tokens`, stage 1 at all of them.  The gradient of the hidden rows and of the
-output weight is made in every case; where it lands (autograd's .grad, or main_grad) differs as it does in training.
+Stage 2 needs a loss at `labels` positions of `tokens`, stage 1 at all of them. Every contestant computes the gradients of the
+hidden states and of the output weight; where they are stored (autograd's .grad, or main_grad) is as in training.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import sys
 from dataclasses import dataclass
 from typing import Callable, Iterator, Literal, Optional
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 
-from gram_engine.benchmarks.measure import Row, add_ratios, describe, measure, table, write_json
-from gram_engine.benchmarks.steps import single_process, step_rows
-from gram_engine.config.parse import fail
-from gram_engine.errors import ConfigError, GramError
+from gram_engine.benchmarks.command import CallOptions
+from gram_engine.benchmarks.measure import describe, measure
+from gram_engine.benchmarks.results import Row, add_ratios, table, write_json
+from gram_engine.benchmarks.workload import random_session
+from gram_engine.config.parse import parse
+from gram_engine.config.schema import Config
+from gram_engine.config.validate import check
+from gram_engine.errors import ConfigError
 from gram_engine.kernels import linear_cross_entropy, pair_loss
 from gram_engine.kernels.dispatch import name_of
+from gram_engine.log import log
+from gram_engine.model.shapes import resolve_shape
 from gram_engine.platform import device as platforms
 
 # vocabulary, hidden size, tokens, labels
@@ -35,43 +40,67 @@ SHAPES: dict[str, tuple[int, int, int, int]] = {
 ALL_LOGITS = "logits of all positions + cross entropy"
 TORCH_FUSED = "torch F.linear_cross_entropy"
 NORM_EPS = 1e-5
+STEP_SAMPLES = 8
+STEP_VARIANTS = {
+    "plain": ("--no-fused-losses",),
+    "fused, whole last layer": ("--no-prune-last-layer",),
+    "fused, pruned last layer": (),
+}
 
 
-@dataclass
-class Benchmark:
+@dataclass(kw_only=True)
+class Losses(CallOptions):
     """Time and peak memory of the losses, forward + backward, ours and others', in one table."""
 
+    repeats: int = 5
     shapes: tuple[str, ...] = ("tiny", "small")
-    """Any of tiny, small, llama-3.2-1b, llama-3.2-3b, llama-3.1-8b; the last need 8 GiB of memory and more."""
+    """Any of tiny, small, llama-3.2-1b, llama-3.2-3b, llama-3.1-8b; the last three need 8 GiB of memory or more."""
     stages: tuple[Literal["1", "2"], ...] = ("1", "2")
     """Stages whose losses are measured."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of hidden rows and weight."""
+    """Dtype of the hidden states and the weight."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: CUDA where there is a GPU."""
     tokens: Optional[int] = None
-    """Tokens instead of the shape's own."""
+    """Number of tokens, in place of the shape's own."""
     chunk_size: Optional[int] = None
-    """Stage 1, ours: rows whose logits exist at one time, the trainer's --logits-chunk-size."""
-    repeats: int = 5
-    """Timed calls; the median counts."""
-    budget_seconds: float = 60.0
-    """No further timed calls of a contestant once they took so long."""
+    """Stage 1, ours: rows whose logits exist at the same time, as --logits-chunk-size of the trainer."""
     steps: bool = False
-    """Measure whole stage-2 training steps, plain and fused, too (gram_engine/benchmarks/steps.py)."""
+    """Also measure whole training steps of stage 2 with plain and fused losses."""
     step_models: tuple[str, ...] = ("tiny", "llama-3.2-1b")
     """Models of --steps."""
     step_layers: Optional[int] = 2
-    """Layers of --steps' models; None: their own number."""
+    """Number of layers with --steps; None: as many as the model has."""
     step_tokens: int = 2048
-    """Tokens of one of --steps' training steps, 8 samples each."""
-    json: Optional[str] = None
-    """Write the rows to this file."""
+    """Tokens of a training step with --steps, in 8 samples."""
+
+    def run(self) -> None:
+        """Measure; print each table as soon as it is complete."""
+        rows = []
+        for found in self._tables(platforms.initialise(self.device)):
+            log(table(found) + "\n")
+            rows += found
+        if not hasattr(F, "linear_cross_entropy"):
+            log(f"Without {TORCH_FUSED}, which torch {torch.__version__} does not have.")
+        write_json(self.json, rows)
+
+    def _tables(self, platform: platforms.Platform) -> Iterator[list[Row]]:
+        with single_process(platform):
+            for shape in self.shapes:
+                for stage in self.stages:
+                    yield loss_rows(self, shape, stage, platform.device)
+        for model in self.step_models if self.steps else ():
+            yield step_rows(self, model, platform.device)
 
 
 @dataclass
 class Problem:
-    """Random tensors of one shape."""
+    """Random tensors of one shape: T tokens, R label rows, hidden size H, vocabulary V.
+
+    hidden: [T, H]; label_hidden: [R, H], its rows at `rows`; weight: [V, H]; norm_weight: [H], all of one dtype;
+    targets: int64 [T]; rows: int64 [R], ascending; preference: fp32 [R], 1 where label A is the better one; labels: the two
+    label tokens.
+    """
 
     hidden: Tensor
     label_hidden: Tensor
@@ -83,41 +112,33 @@ class Problem:
     labels: tuple[int, int] = (32, 33)
 
     def clear_gradients(self) -> None:
-        """To be called before each pass."""
+        """Free all gradients; call it before each pass."""
         self.hidden.grad = self.label_hidden.grad = self.weight.grad = self.norm_weight.grad = None
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of tools/benchmark_losses.py."""
+@contextlib.contextmanager
+def single_process(platform: platforms.Platform) -> Iterator[None]:
+    """The process groups that Megatron-Core's cross entropy needs, for this process alone."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from gram_engine.training.initialise import start_model_parallel, start_processes
+
+    start_processes(Config(), platform)
+    start_model_parallel(Config())
     try:
-        options = tyro.cli(Benchmark, args=sys.argv[1:] if argv is None else argv, prog="benchmark_losses")
-        platform = platforms.initialise(options.device)
-        rows = []
-        with single_process(platform.device):
-            for found in measurements(options, platform.device):
-                print(table(found), end="\n\n", flush=True)
-                rows += found
-        if not hasattr(F, "linear_cross_entropy"):
-            print(f"Without {TORCH_FUSED}, which torch {torch.__version__} does not have.")
-        if options.json:
-            write_json(options.json, rows)
-    except GramError as error:
-        fail(error)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
-def measurements(options: Benchmark, device: torch.device) -> Iterator[list[Row]]:
-    """One list of rows for every table."""
-    for shape in options.shapes:
-        for stage in options.stages:
-            yield loss_rows(options, shape, stage, device)
-    for model in options.step_models if options.steps else ():
-        yield step_rows(
-            model, options.step_layers, options.step_tokens, 8, options.dtype, options.repeats, options.budget_seconds
-        )
+def loss_rows(options: Losses, shape: str, stage: str, device: torch.device) -> list[Row]:
+    """Measure all contestants of a stage at one shape.
 
-
-def loss_rows(options: Benchmark, shape: str, stage: str, device: torch.device) -> list[Row]:
-    """Measure all contestants of a stage at one shape."""
+    Raises:
+        ConfigError: there is no such shape.
+    """
     if shape not in SHAPES:
         raise ConfigError(f"--shapes {shape}: unknown. Choose among {', '.join(SHAPES)}.")
     vocabulary, hidden, tokens, labels = SHAPES[shape]
@@ -140,7 +161,7 @@ def loss_rows(options: Benchmark, shape: str, stage: str, device: torch.device) 
 
 
 def make_problem(vocabulary: int, hidden: int, tokens: int, labels: int, dtype: torch.dtype, device: torch.device) -> Problem:
-    """Random hidden rows and weight of realistic size; label rows evenly spaced, the last at the end."""
+    """Random hidden states and weight of realistic magnitude; label rows are evenly spaced, the last is the last token."""
     generator = torch.Generator(device).manual_seed(0)
     make = dict(dtype=dtype, device=device)
     states = torch.empty(tokens, hidden, **make).normal_(generator=generator)
@@ -157,7 +178,7 @@ def make_problem(vocabulary: int, hidden: int, tokens: int, labels: int, dtype: 
 
 
 def stage_1(problem: Problem, chunk_size: int | None) -> dict[str, Callable]:
-    """Cross entropy at every position."""
+    """Contestants of stage 1 by name: cross entropy at every position."""
     hidden, weight, targets = problem.hidden, problem.weight, problem.targets
 
     def ours() -> None:
@@ -178,7 +199,7 @@ def stage_1(problem: Problem, chunk_size: int | None) -> dict[str, Callable]:
 
 
 def stage_2(problem: Problem) -> dict[str, Callable]:
-    """Final norm and two-token loss at the label rows; the others compute the label's cross entropy as they can."""
+    """Contestants of stage 2 by name: final norm and loss at the label rows, which for ours is the two-token loss."""
     weight, rows = problem.weight, problem.rows
     label_a, label_b = problem.labels
     wanted = torch.where(problem.preference > 0, label_a, label_b)
@@ -221,7 +242,7 @@ def stage_2(problem: Problem) -> dict[str, Callable]:
 
 
 def _torch_fused(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int | None = None) -> Tensor:
-    """torch 2.13 has it, 2.11 does not."""
+    """torch 2.13 has this function, 2.11 does not."""
     options = torch.nn.LinearCrossEntropyOptions()
     return F.linear_cross_entropy(hidden, weight, targets, reduction="sum", ignore_index=ignore_index, options=options)
 
@@ -240,3 +261,32 @@ def _liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def _kernel(stage: str, device: torch.device) -> str:
     return name_of("cross_entropy_grad_" if stage == "1" else "pair_loss_forward", device)
+
+
+def step_rows(options: Losses, model: str, device: torch.device) -> list[Row]:
+    """Measure a training step of stage 2 with each variant: how much the losses gain in a whole step."""
+    rows = []
+    for name, flags in STEP_VARIANTS.items():
+        config = _step_config(options, model, flags)
+        with random_session(config, equal_lengths=True) as trainer:
+            seconds, repeats, peak = measure(trainer.advance, device, options.repeats, options.budget_seconds)
+        sizes = {"layers": config.model.num_layers, "hidden": config.model.hidden_size}
+        sizes |= {"vocabulary": config.padded_vocab_size, "tokens": options.step_tokens, "labels": STEP_SAMPLES}
+        rows.append(
+            Row(f"stage 2 training step, {model}", name, sizes, options.dtype, describe(device), seconds * 1e3, repeats, peak,
+                "plain", note=f"[{options.step_tokens / seconds:,.0f} tokens/s]")
+        )  # fmt: skip
+    add_ratios(rows)
+    return rows
+
+
+def _step_config(options: Losses, model: str, flags: tuple[str, ...]) -> Config:
+    sizes = f"--seq-length {options.step_tokens // STEP_SAMPLES} --global-batch-size {STEP_SAMPLES}"
+    fixed = f"--objective pair-preference --model {model} --device {options.device} --train-iters 100 {sizes}".split()
+    fixed += ["--micro-batch-size", str(STEP_SAMPLES), *(["--bf16"] if options.dtype == "bfloat16" else [])]
+    fixed += [] if options.step_layers is None else ["--num-layers", str(options.step_layers)]
+    config = parse([*fixed, *flags])
+    resolve_shape(config)
+    config.model.vocab_size = config.model.vocab_size or SHAPES["tiny"][0]
+    check(config, data=False)
+    return config

@@ -1,55 +1,35 @@
-"""Time and peak memory of a function, as rows of a table and of a JSON file."""
+"""Time and peak memory of a function, and functions that run in fresh processes, so that their memory is theirs alone."""
 
 from __future__ import annotations
 
 import ctypes
-import datetime
 import gc
-import importlib.metadata
-import json
+import os
 import platform
+import socket
 import statistics
-import sys
 import time
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Callable
 
 import torch
+from torch import multiprocessing
 
-from gram_engine.files import write_atomically
+from gram_engine.errors import GramError
 
-MEMORY_FLOOR = 1 << 20
-"""Bytes; less than this cannot be told apart on a CPU, so smaller peaks count as this much in ratios."""
 M_MMAP_THRESHOLD = -3
 SLOW_SECONDS = 5.0
 
 
-@dataclass
-class Row:
-    """One measurement. Ratios: the baseline's figure divided by this one's (above 1: faster, smaller)."""
-
-    benchmark: str
-    name: str
-    shape: dict[str, int]
-    dtype: str
-    device: str
-    median_ms: float
-    repeats: int
-    peak_bytes: int | None
-    baseline: str
-    time_ratio: float | None = None
-    memory_ratio: float | None = None
-    note: str = ""
-    figures: dict[str, float] = field(default_factory=dict)
-
-
 class PeakMemory:
-    """Most bytes in use at one time beyond those in use at the start: the GPU allocator's, or this process's resident
-    memory (Linux; None elsewhere).  The latter includes the libraries' workspaces.
+    """Context manager; afterwards `bytes` is the most memory in use at one time, minus what was in use at the start.
+
+    On a GPU it is the memory of PyTorch's allocator. On a CPU it is the resident memory of this process, which includes the
+    workspaces of libraries; None where the system does not report it (it does on Linux).
 
     Args:
-        exact: CPU: hand freed blocks back at once, which is slower; else small freed blocks stay and are reused.
+        exact: on a CPU, return freed blocks to the system at once, which is slower. Without it the C library keeps small
+            freed blocks, and allocations that reuse them are not seen.
     """
 
     def __init__(self, device: torch.device, exact: bool = True):
@@ -88,7 +68,7 @@ def _reset_resident_peak() -> int | None:
 
 
 def _keep_freed_memory(keep: bool) -> None:
-    """glibc: whether freed blocks up to 32 MiB stay with the process; kept ones would hide a function's allocations."""
+    """Whether glibc keeps freed blocks of up to 32 MiB; kept ones would hide allocations of the measured function."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, 32 << 20 if keep else 128 << 10)
@@ -111,11 +91,11 @@ def measure(
     budget_seconds: float,
     prepare: Callable[[], object] = lambda: None,
 ) -> tuple[float, int, int | None]:
-    """(median seconds, repeats, peak bytes) of calls to `function`.
+    """(median seconds, number of timed calls, peak bytes) of calls to `function`.
 
-    The first call warms up and does not count, unless it took more than 5 seconds.  Timed calls end early once they took
-    `budget_seconds`.  The peak is that of one more call.  `prepare` runs before each call and does not count: it must free
-    what the call before left, which would else be missing in the peak.
+    The first call is a warm-up and is not counted, unless it takes more than 5 seconds. No further call is timed once the
+    timed calls have taken `budget_seconds` together. Peak memory is measured in one more call. `prepare` runs, untimed,
+    before each call: it must free what the previous call left (such as gradients), or the peak would lack it.
     """
 
     def seconds() -> float:
@@ -142,74 +122,56 @@ def _seconds(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def add_ratios(rows: list[Row]) -> None:
-    """Fill the ratios of rows of one benchmark from the row that is named as their baseline."""
-    by_name = {row.name: row for row in rows}
-    for row in rows:
-        base = by_name.get(row.baseline)
-        if base is None:
-            continue
-        row.time_ratio = base.median_ms / row.median_ms
-        if row.peak_bytes is not None and base.peak_bytes is not None:
-            row.memory_ratio = max(base.peak_bytes, MEMORY_FLOOR) / max(row.peak_bytes, MEMORY_FLOOR)
+def in_new_processes(function: Callable, *arguments: Any, count: int = 1, threads: int | None = None, hint: str = "") -> list:
+    """The results of function(*arguments) in `count` new processes, in the order of their ranks.
+
+    More than one have torchrun's environment variables, so that `function` can form a process group of them. The function,
+    its arguments and its result must be picklable.
+
+    Args:
+        threads: CPU threads of each process; None: PyTorch's default.
+        hint: a sentence for the error message.
+
+    Raises:
+        GramError: a process died.
+    """
+    context, port = multiprocessing.get_context("spawn"), _free_port()
+    processes, receivers = [], []
+    for rank in range(count):
+        receiver, sender = context.Pipe(duplex=False)
+        variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(count), "RANK": str(rank)}
+        variables = variables if count > 1 else {}
+        processes.append(context.Process(target=_send_result, args=(sender, variables, threads, function, arguments)))
+        receivers.append(receiver)
+        processes[-1].start()
+        sender.close()
+    try:
+        return [receiver.recv() for receiver in receivers]
+    except EOFError:
+        for process in processes:
+            process.kill()
+        raise GramError(f"{function.__name__} died in a process of its own; its output is above. {hint}".strip()) from None
+    finally:
+        for process in processes:
+            process.join()
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as text, a heading for each benchmark and shape."""
-    lines: list[str] = []
-    heading = None
-    for row in rows:
-        shape = ", ".join(f"{name} {value:,}" for name, value in row.shape.items())
-        if (row.benchmark, shape, row.dtype) != heading:
-            heading = (row.benchmark, shape, row.dtype)
-            lines += ["", f"{row.benchmark}: {shape}, {row.dtype}, {row.device} (ratios to {row.baseline})"]
-            lines += [f"  {'':44}{'median':>13}{'peak memory':>14}{'speed':>10}{'memory':>10}"]
-        memory = "-" if row.peak_bytes is None else _bytes(row.peak_bytes)
-        lines += [
-            f"  {row.name:44}{_time(row.median_ms):>13}{memory:>14}{_ratio(row.time_ratio):>10}{_ratio(row.memory_ratio):>10}"
-            f"{'  ' + row.note if row.note else ''}"
-        ]
-    return "\n".join(lines[1:])
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return str(probe.getsockname()[1])
 
 
-def _time(milliseconds: float) -> str:
-    return f"{milliseconds:,.3f} ms" if milliseconds < 100 else f"{milliseconds:,.0f} ms"
-
-
-def _bytes(count: int) -> str:
-    return "< 1 MiB" if count < MEMORY_FLOOR else f"{count / 2**20:,.0f} MiB"
-
-
-def _ratio(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:,.2f}x" if ratio < 100 else f"{ratio:,.0f}x"
-
-
-def write_json(path: str | Path, rows: list, **more: Any) -> None:
-    """The rows (dataclasses) with date, command and versions, and what else there is to keep."""
-    content = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": versions(),
-        "rows": [asdict(row) for row in rows],
-        **more,
-    }
-    with write_atomically(path) as handle:
-        json.dump(content, handle, indent=1)
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that matter for speed, where installed."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda or "none"}
-    for package in ("megatron-core", "triton", "transformer-engine", "flash-attn", "liger-kernel"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def _send_result(sender, variables: dict[str, str], threads: int | None, function: Callable, arguments: tuple) -> None:
+    os.environ.update(variables)
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+    sender.send(function(*arguments))
 
 
 def describe(device: torch.device) -> str:
-    """The device's name, with threads on a CPU."""
+    """The device's name; on a CPU also the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor() or "CPU"

@@ -1,7 +1,8 @@
-"""tools/gpu_check.sh --offline: the GPU suite and benchmarks on a machine that has torch and a GPU, but no package index.
+"""tools/gpu_check.sh --offline: the GPU tests and benchmarks on a machine that has torch and a GPU, but no package index.
 
-Nothing is installed into its Python: what that lacks travels as wheels in .whl, a folder that is copied with the checkout and
-that Git does therefore not ignore (tests/test_install.py fails where it was committed). Only the standard library is imported.
+Nothing is installed into the machine's Python. Packages that it lacks come as wheels in the folder .whl, which is copied along
+with the checkout; for that reason Git does not ignore it (tests/test_install.py fails if it is committed). This module imports
+only the standard library.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from gram_engine.install.pins import PYTHONS, ROOT, pins
 
 WHEELS = Path(os.environ.get("WHEELS", ROOT / ".whl"))
 CARRIED = ("megatron-core", "tyro", "docstring-parser", "typeguard")
-"""What a machine for deep learning usually lacks; --fetch-wheels takes more names."""
+"""Packages that a machine for deep learning usually lacks; --fetch-wheels takes more names."""
 FURTHER = ("pytest", "pytest-timeout", "triton", "setuptools", "docstring-parser", "typeguard")
-"""Needed beside requirements.txt."""
+"""Packages needed in addition to requirements.txt."""
 PLATFORMS = ("manylinux_2_28", "manylinux_2_24", "manylinux_2_17", "manylinux2014")
 VERSION = sys.version.split()[0]
 FETCH = "tools/gpu_check.sh --offline --fetch-wheels"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Fetch the wheels, or check this machine, build the kernels, and go on as gpu_check with the arguments that are left."""
+    """Fetch the wheels; or check this machine, build the kernels, and become gpu_check with the remaining arguments."""
     parser = argparse.ArgumentParser(prog="gpu_check --offline", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--fetch-wheels", nargs="*", metavar="PACKAGE", help="where pip works: download them, and further ones")
-    parser.add_argument("--python", default="3.12", help="with --fetch-wheels: the other machine's Python")
+    parser.add_argument("--fetch-wheels", nargs="*", metavar="PACKAGE", help="where pip works: download wheels, also PACKAGE's")
+    parser.add_argument("--python", default="3.12", help="with --fetch-wheels: version of the other machine's Python")
     options, left = parser.parse_known_args(argv)
     if options.fetch_wheels is not None:
         if left:
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def fetch(python: str, further: list[str]) -> None:
-    """Download the wheels for Linux on x86-64, the pinned ones in the version for that Python."""
+    """Download wheels for Linux on x86-64 and that version of Python; pinned packages in their pinned version."""
     version = tuple(map(int, re.findall(r"\d+", python)))[:2]
     if version not in PYTHONS:
         stop(f"--python {python}: there are pins for {', '.join(f'3.{minor}' for _, minor in PYTHONS)}.")
@@ -66,7 +67,7 @@ def fetch(python: str, further: list[str]) -> None:
 
 
 def add_wheels(site: Path) -> None:
-    """Unpack the wheels into a folder of their own, which this process and those it starts import from."""
+    """Unpack the wheels into the folder `site`, and let this process import from it."""
     wheels = sorted(map(str, WHEELS.glob("*.whl")))
     if wheels:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
@@ -77,7 +78,7 @@ def add_wheels(site: Path) -> None:
 
 
 def refusal() -> str | None:
-    """What keeps the suite from running here, everything at once; None: nothing."""
+    """Why the tests cannot run here, with everything that is missing; None: they can."""
     needed = (*pins("requirements.txt"), *FURTHER)
     lacking = [name for name in needed if installed(name) is None]
     if lacking:
@@ -92,7 +93,7 @@ def refusal() -> str | None:
 
 
 def build_kernels(site: Path) -> None:
-    """Compile csrc/ in the checkout, for this machine's GPUs alone; a part that cannot be built is named."""
+    """Compile csrc/ in the checkout for this machine's GPUs only; prints the parts that cannot be built."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--build-temp", tempfile.mkdtemp()]
     done = subprocess.run(command, cwd=ROOT, env=environment(site), capture_output=True, text=True)
     output = (done.stdout + done.stderr).splitlines()
@@ -100,7 +101,7 @@ def build_kernels(site: Path) -> None:
 
 
 def environment(site: Path) -> dict[str, str]:
-    """For what is started: the wheels and the checkout to import from, and the architectures to compile for."""
+    """Environment of child processes: they import from `site` and the checkout, and compile for this machine's GPUs."""
     paths = [str(site), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     found = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
     found.setdefault("GRAM_CUDA_ARCHS", ";".join(map(architecture, compute_capabilities())))
@@ -108,13 +109,13 @@ def environment(site: Path) -> dict[str, str]:
 
 
 def architecture(capability: str) -> str:
-    """nvcc's name for a compute capability: 8.0 is 80, 9.0 is 90a (with what only that one has)."""
+    """nvcc's name for a compute capability: 8.0 is 80, 9.0 is 90a (`a`: with instructions that only this one has)."""
     name = capability.replace(".", "")
     return f"{name}a" if int(name) >= 90 else name
 
 
 def differences() -> dict[str, str]:
-    """Package -> "installed, pinned": where this Python's packages are other versions than the pins."""
+    """Package -> "VERSION, pinned VERSION", for packages of this Python whose version is not the pinned one."""
     found = {name: (installed(name), version) for name, version in pins("requirements.txt").items()}
     return {name: f"{has}, pinned {pin}" for name, (has, pin) in found.items() if has and has.split("+")[0] != pin}
 

@@ -22,10 +22,10 @@ EPSILON = 0.1
 
 @dataclass
 class PaddedBatch:
-    """Samples of a micro-batch, padded at the end to its longest.
+    """Samples of a micro-batch, padded at the end to the longest one.
 
-    tokens, targets: int64 [samples, longest]; targets[i, p] is what position p predicts, or -100; lengths: [samples];
-    preference: [samples] fp32; labels: the two label tokens, None in stage 1.
+    tokens, targets: int64 [samples, longest], where position p predicts targets[i, p], or nothing if that is -100;
+    lengths: int64 [samples]; preference: fp32 [samples]; labels: the two label tokens, None in stage 1.
     """
 
     tokens: Tensor
@@ -36,7 +36,11 @@ class PaddedBatch:
 
 
 def padded_batches(prefix: str, stage: str, options, device: torch.device) -> list[list[PaddedBatch]]:
-    """The micro-batches of every step: the samples that the engine's steps see, in random order."""
+    """The micro-batches of every step: the same samples as in the engine's steps, in random order.
+
+    Args:
+        options: peers.Peers.
+    """
     dataset = PairDataset(prefix)
     size = options.global_batch_size
     loader = PackedLoader(
@@ -67,7 +71,7 @@ def _padded(tokens: Tensor, targets: Tensor, samples: list, labels: list[int] | 
 
 
 def transformers_step(folder: str, stage: str, dtype: str, device: torch.device) -> Callable[[list[PaddedBatch]], float]:
-    """A function that does one optimizer step over micro-batches and returns the mean loss."""
+    """A function that makes one optimizer step on a list of micro-batches and returns the mean loss."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -109,7 +113,7 @@ def _response_loss(logits: Tensor, batch: PaddedBatch) -> Tensor:
 
 
 def _label_loss(logits: Tensor, batch: PaddedBatch) -> Tensor:
-    """Eq. 6-8 from the logits of all positions, as the authors' code has it."""
+    """Eq. 6-8 of the paper from the logits of all positions, as in the authors' code."""
     last = logits.float()[torch.arange(len(logits), device=logits.device), batch.lengths - 1][:, list(batch.labels)]
     wanted = torch.stack([batch.preference, 1 - batch.preference], dim=1)
     wanted = EPSILON + (1 - 2 * EPSILON) * wanted
@@ -117,7 +121,7 @@ def _label_loss(logits: Tensor, batch: PaddedBatch) -> Tensor:
 
 
 def trl_steps(folder: str, stage: str, options, steps: list[list[PaddedBatch]]) -> tuple[list[float], float]:
-    """(seconds of each step, the first step's loss) of TRL's SFTTrainer on the same samples, padded as it does."""
+    """(seconds of each step, loss of the first step) of TRL's SFTTrainer on the same samples, with its own padding."""
     import datasets
     import trl
     from transformers import AutoModelForCausalLM, TrainerCallback
@@ -154,7 +158,7 @@ def trl_steps(folder: str, stage: str, options, steps: list[list[PaddedBatch]]) 
 
 
 def _supervised(batch: PaddedBatch, number: int) -> dict[str, list[int]]:
-    """One sample's input_ids and labels (transformers shifts them itself); in stage 2 the label token follows the text."""
+    """input_ids and labels of one sample, which transformers shifts; in stage 2 the label token is appended to the text."""
     length = int(batch.lengths[number])
     tokens, targets = batch.tokens[number, :length].tolist(), batch.targets[number, :length].tolist()
     if batch.labels is None:
@@ -164,7 +168,7 @@ def _supervised(batch: PaddedBatch, number: int) -> dict[str, list[int]]:
 
 
 def _tokenizer():
-    """SFTTrainer wants one, though the data are tokens."""
+    """A tokenizer for SFTTrainer, which requires one even though the data are tokens."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

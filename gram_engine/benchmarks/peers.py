@@ -1,38 +1,34 @@
-"""The same training steps by the engine, with its parts switched off one by one, and by what a user would run instead.
+"""The same training steps by the engine, with parts of it switched off one by one, and by what a user would run instead.
 
-Every contestant starts from the same weights, sees the same samples, and runs in a process of its own, one after the
-other, so that its peak memory is everything that it holds and does.
+Every contestant starts from the same weights, sees the same samples, and runs in a new process, one after the other, so that
+its peak memory is all that it uses.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import os
-import statistics
-import sys
 import tempfile
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Literal, Optional
+from typing import Callable, Iterator, Literal, Optional
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-import tyro
 
-from gram_engine.benchmarks.measure import PeakMemory, Row, add_ratios, describe, measure, table, write_json
-from gram_engine.benchmarks.peer_trainers import padded_batches, transformers_step, trl_steps
-from gram_engine.benchmarks.random_model import write_random_folder
-from gram_engine.benchmarks.throughput import OBJECTIVES, VOCABULARY, in_words, timed_steps
-from gram_engine.benchmarks.workload import write_workload
-from gram_engine.config.parse import fail, parse
+from gram_engine.benchmarks.command import OBJECTIVES, StepOptions
+from gram_engine.benchmarks.measure import PeakMemory, in_new_processes, measure
+from gram_engine.benchmarks.peer_trainers import PaddedBatch, padded_batches, transformers_step, trl_steps
+from gram_engine.benchmarks.results import Row, add_ratios, table, write_json
+from gram_engine.benchmarks.throughput import VOCAB_SIZE, TimedSteps, in_words, time_steps
+from gram_engine.benchmarks.workload import write_random_folder, write_workload
+from gram_engine.config.parse import parse
 from gram_engine.config.schema import Config
 from gram_engine.config.validate import check
-from gram_engine.errors import GramError
 from gram_engine.model.shapes import resolve_shape
 from gram_engine.platform import device as platforms
-from gram_engine.training.session import hush_known_warnings
+from gram_engine.training.session import session
 
 BASELINE = "transformers + AdamW, padded, all logits"
 TRL = "TRL SFTTrainer"
@@ -44,24 +40,24 @@ OURS = {
 }
 
 
-@dataclass
-class Benchmark:
+@dataclass(kw_only=True)
+class Peers(StepOptions):
     """Time training steps of the engine and of what a user would run instead: the same weights and the same samples."""
 
     shape: str = "--num-layers 8 --hidden-size 512 --ffn-hidden-size 1536 --num-attention-heads 8 --num-query-groups 4"
     """Trainer flags of the model's shape, or e.g. --shape="--model llama-3.2-1b"."""
     load_hf: Optional[str] = None
-    """Hugging Face folder whose shape and weights all start from, in place of --shape and random weights."""
+    """Hugging Face folder with shape and weights for all, in place of --shape and random weights."""
     processes: int = 1
-    """Above 1, on a CPU: ours also as so many data-parallel processes with one thread each."""
-    vocab_size: int = VOCABULARY
+    """Above 1, on a CPU: also measure ours with this many data-parallel processes of one thread each."""
+    vocab_size: int = VOCAB_SIZE
     """Rows of the embedding, where the shape leaves it open."""
     stages: tuple[Literal["1", "2"], ...] = ("1", "2")
     """1: learn to generate both responses. 2: learn to predict the label."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """bfloat16: ours with fp32 main parameters, theirs with fp32 weights under autocast, as their trainers do."""
     data: Optional[str] = None
-    """Preference file whose lengths count, with --tokenizer-model; default: random tokens, lengths of real pairs."""
+    """Preference file, with --tokenizer-model; default: random tokens, samples as long as those of real preference pairs."""
     tokenizer_model: Optional[str] = None
     """Tokenizer for --data."""
     template: str = "gram-code"
@@ -71,58 +67,44 @@ class Benchmark:
     global_batch_size: int = 32
     """Samples in a step."""
     pack: int = 4
-    """Ours: a micro-batch is one pack of this times --seq-length tokens."""
+    """Ours: a micro-batch is a pack of up to this times --seq-length tokens."""
     peer_batch_size: int = 4
     """Theirs: samples in a padded micro-batch."""
-    steps: int = 3
-    """Timed steps; the median counts."""
-    warmup: int = 1
-    """Steps before these."""
     parts: bool = True
     """Also switch off parts of ours one by one."""
     trl: bool = True
     """Also run TRL's SFTTrainer, where trl is installed."""
-    json: Optional[str] = None
-    """Write the figures to this file."""
+
+    def run(self) -> None:
+        """Measure; print each stage's table as soon as it is complete."""
+        write_json(self.json, [row for stage in self.stages for row in stage_rows(self, stage)])
 
 
 @dataclass
-class Result:
-    """What one contestant's process found."""
+class Contestant:
+    """A function that makes training steps: function(options, stage, model folder, data prefix, *arguments) -> TimedSteps."""
 
-    seconds: list[float]
-    samples: int
-    tokens: int
-    peak: int | None
-    loss: float
-    flops: float = 0.0
-    """Of the timed steps, as the trainer counts them."""
-    device: str = field(default_factory=lambda: describe(platforms.initialise().device))
+    name: str
+    function: Callable[..., TimedSteps]
+    arguments: tuple = ()
+    processes: dict[str, int] = field(default_factory=dict)
+    """As in_new_processes takes it: count and threads."""
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of tools/benchmark_peers.py."""
-    options = tyro.cli(Benchmark, args=sys.argv[1:] if argv is None else argv, prog="benchmark_peers")
-    try:
-        rows = [row for stage in options.stages for row in stage_rows(options, stage)]
-    except GramError as error:
-        fail(error)
-    if options.json:
-        write_json(options.json, rows)
-
-
-def stage_rows(options: Benchmark, stage: str) -> list[Row]:
-    """Every contestant of a stage; prints the table."""
+def stage_rows(options: Peers, stage: str) -> list[Row]:
+    """One row for each contestant of a stage; prints the table."""
     with tempfile.TemporaryDirectory() as name:
         folder, prefix = Path(options.load_hf or Path(name) / "model"), Path(name) / "data"
-        config = _config(options, stage, str(folder), str(prefix))
+        config = _config(options, stage, str(folder))
         if options.load_hf is None:
             write_random_folder(folder, config.model, torch.float32)
         _write_data(options, config, prefix)
-        rows = [
-            _row(options, stage, config, contestant, _in_own_process(function, options, stage, str(folder), str(prefix), *more))
-            for contestant, function, more in _contestants(options, stage)
-        ]
+        rows = []
+        for one in _contestants(options, stage):
+            arguments = (options, stage, str(folder), str(prefix), *one.arguments)
+            hint = "Out of memory? Lower --peer-batch-size or --pack."
+            found, *_ = in_new_processes(one.function, *arguments, **one.processes, hint=hint)
+            rows.append(_row(options, stage, config, one.name, found))
     add_ratios(rows)
     print(table(rows), flush=True)
     product = product_tflops(config, options.dtype)
@@ -131,22 +113,22 @@ def stage_rows(options: Benchmark, stage: str) -> list[Row]:
     return rows
 
 
-def _contestants(options: Benchmark, stage: str) -> list[tuple[str, Callable, tuple]]:
-    """(name, function, its further arguments)."""
-    found = [(BASELINE, run_transformers, ())]
+def _contestants(options: Peers, stage: str) -> list[Contestant]:
+    found = [Contestant(BASELINE, run_transformers)]
     if options.trl and importlib.util.find_spec("trl"):
-        found.append((TRL, run_trl, ()))
+        found.append(Contestant(TRL, run_trl))
     for name, flags in OURS.items():
         if name == "gram_engine" or (options.parts and not (stage == "1" and "layer" in name)):
-            found.append((name, run_ours, (flags, "one sample" not in name)))
+            found.append(Contestant(name, run_ours, (flags, "one sample" not in name)))
     if options.processes > 1:
-        found.append((f"gram_engine, {options.processes} processes of one thread", run_data_parallel, ()))
+        processes = {"count": options.processes, "threads": 1}
+        found.append(Contestant(f"gram_engine, {options.processes} processes of one thread", run_ours, processes=processes))
     return found
 
 
-def _config(options: Benchmark, stage: str, folder: str, prefix: str, flags: tuple[str, ...] = ()) -> Config:
+def _config(options: Peers, stage: str, folder: str, flags: tuple[str, ...] = ()) -> Config:
     shape = ["--load-hf", options.load_hf] if options.load_hf else options.shape.split()
-    given = [*shape, "--objective", OBJECTIVES[stage], "--data-path", prefix, *flags]
+    given = [*shape, "--objective", OBJECTIVES[stage], *flags]
     given += ["--seq-length", str(options.seq_length), "--micro-batch-size", str(options.pack)]
     given += ["--global-batch-size", str(options.global_batch_size), "--train-iters", str(options.warmup + options.steps)]
     config = parse([*given, *(["--bf16"] if options.dtype == "bfloat16" else [])])
@@ -158,7 +140,7 @@ def _config(options: Benchmark, stage: str, folder: str, prefix: str, flags: tup
     return config
 
 
-def _write_data(options: Benchmark, config: Config, prefix: Path) -> None:
+def _write_data(options: Peers, config: Config, prefix: Path) -> None:
     objective, samples = config.training.objective, 2 * options.global_batch_size * (options.warmup + options.steps)
     if options.data is None:
         write_workload(prefix, objective, samples, options.seq_length, config.model.vocab_size)
@@ -170,77 +152,28 @@ def _write_data(options: Benchmark, config: Config, prefix: Path) -> None:
     preprocess([options.data], str(prefix), objective=objective, cfg=data, both_orders=False)
 
 
-def _in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    context = mp.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_answer, args=(theirs, function, arguments))
-    process.start()
-    theirs.close()
-    try:
-        result = ours.recv()
-    except EOFError:
-        remedy = "Out of memory? Lower --peer-batch-size or --pack."
-        raise GramError(f"{function.__name__} died: its output is above. {remedy}") from None
-    finally:
-        process.join()
-    return result
-
-
-def _answer(connection, function: Callable[..., Result], arguments: tuple) -> None:
-    hush_known_warnings()
-    connection.send(function(*arguments))
-
-
-def run_ours(options: Benchmark, stage: str, folder: str, prefix: str, flags: tuple[str, ...], packed: bool) -> Result:
-    """The trainer's own steps."""
-    return _our_steps(options, stage, folder, prefix, flags, packed, dist.HashStore(), 0, 1)
-
-
-def run_data_parallel(options: Benchmark, stage: str, folder: str, prefix: str) -> Result:
-    """The trainer's steps in several data-parallel processes of one thread each; the peak is that of the first."""
-    with tempfile.TemporaryDirectory() as name:
-        store = str(Path(name) / "store")
-        arguments = (options, stage, folder, prefix, store)
-        spawn, ranks = mp.get_context("spawn"), range(1, options.processes)
-        others = [spawn.Process(target=_data_parallel, args=(*arguments, rank)) for rank in ranks]
-        for process in others:
-            process.start()
-        result = _data_parallel(*arguments, 0)
-        for process in others:
-            process.join()
-    return result
-
-
-def _data_parallel(options: Benchmark, stage: str, folder: str, prefix: str, store: str, rank: int) -> Result:
-    hush_known_warnings()
-    os.environ.update(OMP_NUM_THREADS="1", WORLD_SIZE=str(options.processes), RANK=str(rank))
-    torch.set_num_threads(1)
-    return _our_steps(
-        options, stage, folder, prefix, (), True, dist.FileStore(store, options.processes), rank, options.processes
-    )
-
-
-def _our_steps(
-    options: Benchmark, stage: str, folder: str, prefix: str, flags: tuple[str, ...], packed: bool, *group
-) -> Result:
-    from gram_engine.benchmarks.steps import process_groups
-    from gram_engine.planning.flops import step_flops
+def run_ours(
+    options: Peers, stage: str, folder: str, prefix: str, flags: tuple[str, ...] = (), packed: bool = True
+) -> TimedSteps:
+    """The trainer's own steps; the peak is that of each process."""
+    platforms.initialise()
     from gram_engine.training.initialise import PreparedData
 
-    config, platform = _config(options, stage, folder, prefix, flags), platforms.initialise()
-    with process_groups(platform.device, *group), PeakMemory(platform.device, exact=False) as peak:
-        from gram_engine.training.trainer import Trainer
-
-        trainer = Trainer(config, platform, PreparedData(prefix, None, config.model.vocab_size))
-        if not packed:
-            trainer.loader.packs = lambda lengths: [[number] for number in range(len(lengths))]
-        seconds, batches, loss = timed_steps(trainer, options.warmup, options.steps)
-    samples, tokens = (sum(getattr(batch, name) for batch in batches) for name in ("num_samples", "num_tokens"))
-    return Result(seconds, samples, tokens, peak.bytes, loss, sum(step_flops(config, batch) for batch in batches))
+    config = _config(options, stage, folder, flags)
+    trainer_session = session(config, PreparedData(prefix, None, config.model.vocab_size))
+    trainer_session = trainer_session if packed else _one_sample_a_microbatch(trainer_session)
+    return time_steps(config, trainer_session, options.warmup, options.steps)
 
 
-def run_transformers(options: Benchmark, stage: str, folder: str, prefix: str) -> Result:
-    """A training loop as their trainers run it."""
+@contextlib.contextmanager
+def _one_sample_a_microbatch(trainer_session: AbstractContextManager) -> Iterator:
+    with trainer_session as trainer:
+        trainer.loader.packs = lambda lengths: [[number] for number in range(len(lengths))]
+        yield trainer
+
+
+def run_transformers(options: Peers, stage: str, folder: str, prefix: str) -> TimedSteps:
+    """A training loop as the trainers that build on transformers run it."""
     platform = platforms.initialise()
     batches = padded_batches(prefix, stage, options, platform.device)
     with PeakMemory(platform.device, exact=False) as peak:
@@ -252,40 +185,38 @@ def run_transformers(options: Benchmark, stage: str, folder: str, prefix: str) -
             losses.append(step(micro_batches))
             platform.synchronize()
             seconds.append(time.perf_counter() - started)
-    return _result(options, batches, seconds, peak.bytes, losses[0])
+    return _timed_steps(options, batches, seconds, losses[0], peak.bytes)
 
 
-def run_trl(options: Benchmark, stage: str, folder: str, prefix: str) -> Result:
-    """TRL's supervised trainer on the same sequences: responses (stage 1), or the label token (stage 2), carry loss."""
+def run_trl(options: Peers, stage: str, folder: str, prefix: str) -> TimedSteps:
+    """TRL's supervised trainer on the same sequences: responses (stage 1) or the label token (stage 2) carry loss."""
     platform = platforms.initialise()
     batches = padded_batches(prefix, stage, options, platform.device)
     with PeakMemory(platform.device, exact=False) as peak:
         seconds, loss = trl_steps(folder, stage, options, batches)
-    return _result(options, batches, seconds, peak.bytes, loss)
+    return _timed_steps(options, batches, seconds, loss, peak.bytes)
 
 
-def _result(options: Benchmark, batches: list, seconds: list[float], peak: int | None, loss: float) -> Result:
+def _timed_steps(
+    options: Peers, batches: list[list[PaddedBatch]], seconds: list[float], first_loss: float, peak: int | None
+) -> TimedSteps:
     timed = [micro_batch for step in batches[options.warmup :] for micro_batch in step]
     samples, tokens = sum(len(batch.tokens) for batch in timed), sum(int(batch.lengths.sum()) for batch in timed)
-    return Result(seconds[options.warmup :], samples, tokens, peak, loss)
+    return TimedSteps(seconds[options.warmup :], samples, tokens, first_loss, peak)
 
 
-def _row(options: Benchmark, stage: str, config: Config, name: str, found: Result) -> Row:
-    model, total = config.model, sum(found.seconds)
-    figures = {"tokens_per_s": found.tokens / total, "samples_per_s": found.samples / total, "first_loss": found.loss}
-    if found.flops:
-        figures["tflops_per_device"] = found.flops / total / 1e12
+def _row(options: Peers, stage: str, config: Config, name: str, found: TimedSteps) -> Row:
+    model, figures = config.model, {**found.figures(), "first_loss": found.first_loss}
     shape = {"layers": model.num_layers, "hidden": model.hidden_size, "vocabulary": model.vocab_size}
     shape |= {"samples": options.global_batch_size, "longest": options.seq_length}
-    note = f"{in_words(figures)} first loss {found.loss:.4f}"
     return Row(
-        f"stage {stage} training step", name, shape, options.dtype, found.device, statistics.median(found.seconds) * 1e3,
-        len(found.seconds), found.peak, BASELINE, note=note, figures=figures,
+        f"stage {stage} training step", name, shape, options.dtype, found.device, found.median_ms(), len(found.seconds),
+        found.peak_bytes, BASELINE, note=f"{in_words(figures)} first loss {found.first_loss:.4f}", figures=figures,
     )  # fmt: skip
 
 
 def product_tflops(config: Config, dtype: str, tokens: int = 512, seconds: float = 2.0) -> float:
-    """TFLOP/s of nothing but the matrix product of the MLP's first weight with `tokens` hidden rows, all threads."""
+    """TFLOP/s of the matrix product of the MLP's first weight and `tokens` hidden states alone, with all threads."""
     model, device = config.model, platforms.initialise().device
     rows = torch.randn(tokens, model.hidden_size, device=device).to(getattr(torch, dtype))
     weight = torch.randn(2 * model.ffn_hidden_size, model.hidden_size, device=device).to(rows.dtype)

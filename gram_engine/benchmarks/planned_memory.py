@@ -1,43 +1,40 @@
-"""The planner (gram_engine/planning) against real training steps on CPU processes, and against published runs.
+"""The planner (gram_engine/planning) beside real training steps on CPU processes, and beside published runs.
 
-Measured: the bytes of all tensors' storages that exist at one time, at their highest in a training step, counted where
-torch dispatches operators (forward, backward, optimizer and communication alike) and where storages are freed.  It is exact
-and repeats to the byte, where resident memory depends on the C library's heap.  Not in it: scratch memory inside one
+Measured are the bytes of all tensors' storages that exist at the same time, at their peak in a training step. They are counted
+where torch dispatches operators (forward, backward, optimizer and communication alike) and where storages are freed. This is
+exact and the same in every run, whereas resident memory depends on the C library's heap. It leaves out scratch memory inside an
 operator, the interpreter, the libraries and gloo's own buffers.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 import weakref
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Optional
+from typing import Optional
 
 import torch
-import tyro
-from torch import multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gram_engine.benchmarks.measure import write_json
-from gram_engine.benchmarks.steps import make_step, random_batch
+from gram_engine.benchmarks.command import Options
+from gram_engine.benchmarks.measure import in_new_processes
+from gram_engine.benchmarks.results import write_json
+from gram_engine.benchmarks.workload import random_session
 from gram_engine.config.parse import parse
 from gram_engine.config.schema import Config
+from gram_engine.config.validate import check
 from gram_engine.model.shapes import resolve_shape
 from gram_engine.planning.memory import CPU, GIB, Pack, peak_memory
 from gram_engine.planning.published import RUNS, Run, as_published, as_this_engine
 
+SAMPLES, LENGTH, MICROBATCHES = 4, 256, 4
+"""Of every process: samples of a micro-batch, tokens of each sample, and micro-batches of a step."""
 SHAPE = (
-    "--num-layers 8 --hidden-size 512 --ffn-hidden-size 1408 --num-attention-heads 8 --num-query-groups 4 "
-    "--vocab-size 8192 --seq-length 512 --micro-batch-size 2 --train-iters 10 --logits-chunk-size 512 "
+    "--device cpu --num-layers 8 --hidden-size 512 --ffn-hidden-size 1408 --num-attention-heads 8 --num-query-groups 4 "
+    f"--vocab-size 8192 --seq-length {LENGTH} --micro-batch-size {SAMPLES} --train-iters 10 --logits-chunk-size 512 "
 )
 STAGE_1, STAGE_2 = "--objective response-lm ", "--objective pair-preference "
 TIED, UNTIED = (f"--untie-embeddings-and-output-weights {value} " for value in (False, True))
-MICROBATCHES = 4
-SAMPLES = 4
-"""Samples of a micro-batch, of equal lengths."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ CASES = (
 class PlannerRow:
     """One process of one layout.
 
-    error: predicted / measured - 1; error_beyond_states: the same of what is neither parameter, gradient nor optimizer state.
+    error: predicted / measured - 1; error_beyond_states: the same without parameters, gradients and optimizer state.
     """
 
     layout: str
@@ -85,42 +82,44 @@ class PlannerRow:
     kinds: dict[str, int]
 
 
-@dataclass
-class PlannerArguments:
-    """Compare the planner's memory with that of training steps on CPU processes."""
+@dataclass(kw_only=True)
+class Planner(Options):
+    """Compare the peak memory that `gram plan` predicts with that of training steps on CPU processes, and its predictions
+    with published runs.
+    """
 
     only: Optional[str] = None
-    """Layouts whose name contains this text."""
-    json_file: Annotated[Optional[str], tyro.conf.arg(name="json")] = None
-    """Also write the rows to this file."""
+    """Measure only layouts whose name contains this text."""
+
+    def run(self) -> None:
+        """Measure, print and write."""
+        rows: list[PlannerRow] = []
+        print(f"{'layout':52}{'process':>8}{'measured':>12}{'predicted':>12}{'error':>9}{'beyond states':>15}")
+        for case in CASES:
+            if self.only is None or self.only in case.name:
+                rows += compare(case)
+                for row in rows[-case.processes :]:
+                    sizes = f"{row.measured_bytes / 2**20:>8,.1f} MiB{row.predicted_bytes / 2**20:>8,.1f} MiB"
+                    errors = f"{row.error:>+9.1%}{row.error_beyond_states:>+15.1%}"
+                    print(f"{row.layout:52}{row.process:>8}{sizes}{errors}", flush=True)
+        worst = max(rows, key=lambda row: abs(row.error), default=None)
+        if worst is not None:
+            print(f"largest error: {worst.error:+.1%} ({worst.layout}, process {worst.process})")
+        published = [published_row(run) for run in RUNS]
+        _print_published(published)
+        write_json(self.json, rows, published=published)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line of tools/benchmark_planner.py."""
-    arguments = tyro.cli(PlannerArguments, args=argv, prog="benchmark_planner")
-    rows: list[PlannerRow] = []
-    print(f"{'layout':52}{'process':>8}{'measured':>12}{'predicted':>12}{'error':>9}{'beyond states':>15}")
-    for case in CASES:
-        if arguments.only is None or arguments.only in case.name:
-            rows += compare(case)
-            for row in rows[-case.processes :]:
-                sizes = f"{row.measured_bytes / 2**20:>8,.1f} MiB{row.predicted_bytes / 2**20:>8,.1f} MiB"
-                print(f"{row.layout:52}{row.process:>8}{sizes}{row.error:>+9.1%}{row.error_beyond_states:>+15.1%}", flush=True)
-    worst = max(rows, key=lambda row: abs(row.error), default=None)
-    if worst is not None:
-        print(f"largest error: {worst.error:+.1%} ({worst.layout}, process {worst.process})")
-    published = [published_row(run) for run in RUNS]
+def _print_published(rows: list[dict]) -> None:
     print(f"\n{'published run (FP8, H100 80 GB)':32}{'predicted':>12}{'fits':>6}{'tok/s/GPU':>11}{'predicted':>11}{'ratio':>7}")
-    for row in published:
+    for row in rows:
         memory = f"{row['predicted_bytes'] / GIB:>9,.1f} GB{'yes' if row['fits'] else 'no':>6}"
         speed = f"{row['tokens_per_gpu_second']:>11,.0f}{row['predicted_tokens_per_gpu_second']:>11,.0f}{row['ratio']:>7.2f}"
         print(f"{row['run']:32}{memory}{speed}")
-    if arguments.json_file:
-        write_json(arguments.json_file, rows, published=published)
 
 
 def published_row(run: Run) -> dict:
-    """A published run beside what the planner says of it."""
+    """A published run beside what the planner predicts for it."""
     plan = as_published(run)
     return {
         "run": run.name,
@@ -137,7 +136,7 @@ def published_row(run: Run) -> dict:
 
 
 def compare(case: Case) -> list[PlannerRow]:
-    """Measure a layout in processes of its own, and predict it: one row a process."""
+    """Measure a layout in new processes, and predict it; returns one row for each process."""
     config = configuration(case)
     parallel = config.parallel
     pp, cp = parallel.pipeline_model_parallel_size, parallel.context_parallel_size
@@ -146,7 +145,8 @@ def compare(case: Case) -> list[PlannerRow]:
     pack = Pack(tokens / cp, rows / cp)
     shards = cp * case.processes // parallel.model_parallel_size if parallel.use_distributed_optimizer else 1
     rows_of_case = []
-    for rank, measured in enumerate(measure(case)):
+    peaks = in_new_processes(peak_bytes, case, count=case.processes, threads=1)
+    for rank, measured in enumerate(peaks):
         stage = rank // (case.processes // pp)
         memory = peak_memory(config, stage, pack, MICROBATCHES, shards, CPU)
         kinds = {name: round(value) for name, value in asdict(memory).items()}
@@ -159,47 +159,28 @@ def compare(case: Case) -> list[PlannerRow]:
 def configuration(case: Case) -> Config:
     """The layout's resolved configuration."""
     config = parse([*SHAPE.split(), *case.flags.split()])
+    data_parallel = case.processes // config.parallel.model_parallel_size
+    config.training.global_batch_size = SAMPLES * MICROBATCHES * data_parallel
     resolve_shape(config)
     return config
 
 
-def measure(case: Case) -> list[int]:
-    """Peak bytes of each process of a layout."""
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_process, args=(case, folder), nprocs=case.processes)
-        return [int((Path(folder) / str(rank)).read_text()) for rank in range(case.processes)]
+def peak_bytes(case: Case) -> int:
+    """Peak bytes of this process in the second step of a layout, which has the optimizer's state from the first one.
 
-
-def _process(rank: int, case: Case, folder: str) -> None:
-    os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(case.processes))
-    torch.set_num_threads(1)
-    import torch.distributed as dist
-
-    from gram_engine.platform import device as platform
-
-    where = platform.initialise("cpu")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=case.processes)
-    # Each process keeps its number in a file: what it prints is the libraries' own business.
-    peak = _peak_of_steps(configuration(case), where)
-    dist.destroy_process_group()
-    (Path(folder) / str(rank)).write_text(str(peak))
-
-
-def _peak_of_steps(config: Config, where) -> int:
-    from gram_engine.training.initialise import start_model_parallel
-
-    start_model_parallel(config)
-    with TensorBytes() as tensors:
-        batch = random_batch(config, SAMPLES, config.pack_tokens // SAMPLES, MICROBATCHES)
-        step = make_step(config, where, batch)
-        step()  # makes the optimizer's state
+    Every process of the layout calls it.
+    """
+    config = configuration(case)
+    check(config, data=False)
+    with TensorBytes() as tensors, random_session(config, equal_lengths=True) as trainer:
+        trainer.advance()
         tensors.peak = tensors.live
-        step()
+        trainer.advance()
         return tensors.peak
 
 
 class TensorBytes(TorchDispatchMode):
-    """Counts bytes of the storages of all tensors made within: `live` now, `peak` at their highest."""
+    """Context manager that counts the bytes of the storages of all tensors made in it: `live` now, `peak` the most so far."""
 
     def __init__(self):
         super().__init__()

@@ -1,168 +1,191 @@
-"""Training steps of one stage by the trainer itself: tokens/s, samples/s, TFLOP/s, MFU and peak memory at any layout."""
+"""Training steps by the trainer itself, at any layout: their speed and memory, and what saving in the background costs."""
 
 from __future__ import annotations
 
-import contextlib
 import statistics
-import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterator, Literal, Optional
 
-import tyro
-
-from gram_engine.benchmarks.measure import PeakMemory, Row, describe, table, write_json
-from gram_engine.benchmarks.workload import write_workload
-from gram_engine.config.parse import fail, parse
+from gram_engine.benchmarks.command import StepOptions, TrainerOptions
+from gram_engine.benchmarks.measure import PeakMemory, describe
+from gram_engine.benchmarks.results import Row, add_ratios, table, write_json
+from gram_engine.benchmarks.workload import demonstration_data, random_session
 from gram_engine.config.schema import Config, world_size
 from gram_engine.config.validate import check
-from gram_engine.errors import GramError
-from gram_engine.log import is_main_process
-from gram_engine.model.shapes import resolve_shape
+from gram_engine.log import log
 from gram_engine.platform import device as platforms
-from gram_engine.training.session import hush_known_warnings
+from gram_engine.training.session import session
 
-VOCABULARY = 128256
-OBJECTIVES = {"1": "response-lm", "2": "pair-preference"}
+VOCAB_SIZE = 128256
 
 
 @dataclass
-class Benchmark:
-    """Time training steps of random weights; under torchrun at any layout. All further flags are the trainer's, such as
-    --model llama-3.2-1b --bf16 --tensor-model-parallel-size 2; see `gram finetune --help`.
+class TimedSteps:
+    """Consecutive training steps: seconds of each, and totals over the whole global batches."""
 
-    Without --data (or --data-path) of one's own, tokens are random and as long as those of real preference pairs.
+    seconds: list[float]
+    samples: int
+    tokens: int
+    first_loss: float
+    """Loss of the first step, which may be a warm-up step."""
+    peak_bytes: int | None
+    flops: float = 0.0
+    """Floating-point operations as the trainer counts them; 0: not counted."""
+    device: str = field(default_factory=lambda: describe(platforms.initialise().device))
+
+    def median_ms(self) -> float:
+        """Median milliseconds of a step."""
+        return statistics.median(self.seconds) * 1e3
+
+    def figures(self) -> dict[str, float]:
+        """tokens_per_s and samples_per_s of all devices, and tflops_per_device."""
+        total = sum(self.seconds)
+        found = {"tokens_per_s": self.tokens / total, "samples_per_s": self.samples / total}
+        if self.flops:
+            found["tflops_per_device"] = self.flops / total / world_size() / 1e12
+        return found
+
+
+def time_steps(config: Config, trainer_session: AbstractContextManager, warmup: int, steps: int) -> TimedSteps:
+    """Time `steps` steps after `warmup` ones. The peak includes weights, optimizer state and data: all that the session makes.
+
+    Every process of the session calls it.
     """
-
-    stage: Literal["1", "2"] = "2"
-    """1: learn to generate both responses. 2: learn to predict the label."""
-    steps: int = 5
-    """Timed steps; the median counts."""
-    warmup: int = 2
-    """Steps before these."""
-    stretch: float = 1.0
-    """Lengths of the random data: times this."""
-    json: Optional[str] = None
-    """Write the figures to this file."""
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of tools/benchmark_throughput.py."""
-    arguments = sys.argv[1:] if argv is None else argv
-    options, flags = tyro.cli(Benchmark, args=arguments, prog="benchmark_throughput", return_unknown_args=True)
-    try:
-        row = benchmark(options, flags)
-    except GramError as error:
-        fail(error)
-    if is_main_process():
-        print(table([row]))
-        if options.json:
-            write_json(options.json, [row])
-
-
-def benchmark(options: Benchmark, flags: list[str]) -> Row:
-    """Measure; call it in every process."""
-    config = parse(["--objective", OBJECTIVES[options.stage], *flags], "benchmark_throughput")
-    config.training.train_iters = options.warmup + options.steps
-    resolve_shape(config)
-    own_data = bool(config.data.data or config.data.data_path)
-    if config.model.vocab_size is None and not own_data:
-        config.model.vocab_size = VOCABULARY
-    check(config, data=own_data)
-    with running_trainer(config, own_data, options.stretch) as (trainer, peak):
-        seconds, batches, _ = timed_steps(trainer, options.warmup, options.steps)
-    return _row(options, config, seconds, batches, peak.bytes)
-
-
-@contextlib.contextmanager
-def running_trainer(config: Config, own_data: bool, stretch: float) -> Iterator[tuple]:
-    """A trainer, and the memory of everything that it holds and does."""
-    hush_known_warnings()
     platform = platforms.initialise(config.parallel.device)
-    import torch.distributed as dist
-    from megatron.core import parallel_state
+    import gram_engine.training.trainer  # noqa: F401  before the peak's start: the memory of libraries is not counted
 
-    from gram_engine.model.te_layers import check_gpu, start_userbuffers
-    from gram_engine.training.initialise import (
-        PreparedData,
-        complete_vocabulary,
-        prepare_data,
-        start_model_parallel,
-        start_processes,
-    )
-    from gram_engine.training.trainer import Trainer
-
-    check_gpu(config, platform)
-    start_processes(config, platform)
-    try:
-        start_model_parallel(config)
-        start_userbuffers(config)
-        with tempfile.TemporaryDirectory() as folder:
-            if own_data:
-                prepared = prepare_data(config)
-                complete_vocabulary(config, prepared)
-            else:
-                prefix, size = Path(folder) / "data", 64 + 4 * config.training.global_batch_size
-                vocabulary, longest = config.model.vocab_size, config.data.seq_length
-                write_workload(prefix, config.training.objective, size, longest, vocabulary, stretch)
-                prepared = PreparedData(str(prefix), None, config.model.vocab_size)
-            with PeakMemory(platform.device, exact=False) as peak:
-                yield Trainer(config, platform, prepared), peak
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
-
-
-def timed_steps(trainer, warmup: int, steps: int) -> tuple[list[float], list, float]:
-    """(seconds and global batch of each step after the first `warmup`, the first step's loss)."""
-    seconds, batches, losses = [], [], []
-    for _ in range(warmup + steps):
-        trainer.platform.synchronize()
-        started = time.perf_counter()
-        batch = trainer.batches.batch(trainer.state.consumed_samples)
-        result = trainer.step(batch)
-        trainer.platform.synchronize()
-        trainer.state.consumed_samples += batch.num_samples
-        seconds.append(time.perf_counter() - started)
-        batches.append(batch)
-        losses.append(result.metrics["loss"])
-    return seconds[warmup:], batches[warmup:], losses[0]
-
-
-def _row(options: Benchmark, config: Config, seconds: list[float], batches: list, peak: int | None) -> Row:
-    from gram_engine.planning.flops import step_flops
-
-    platform, parallel, model = platforms.initialise(config.parallel.device), config.parallel, config.model
-    middle = statistics.median(seconds)
-    total = sum(seconds)
-    figures = {
-        "tokens_per_s": sum(batch.num_tokens for batch in batches) / total,
-        "samples_per_s": sum(batch.num_samples for batch in batches) / total,
-        "tflops_per_device": sum(step_flops(config, batch) for batch in batches) / total / world_size() / 1e12,
-    }
-    peak_tflops = config.logging.peak_tflops or platform.peak_tflops()
-    if peak_tflops:
-        figures["mfu"] = figures["tflops_per_device"] / peak_tflops
-    shape = {"layers": model.num_layers, "hidden": model.hidden_size, "vocabulary": model.vocab_size}
-    shape |= {"pack": config.pack_tokens, "samples": config.training.global_batch_size}
-    name = (
-        f"TP{parallel.tensor_model_parallel_size} PP{parallel.pipeline_model_parallel_size} "
-        f"CP{parallel.context_parallel_size} DP{config.data_parallel_size}"
-    )
-    dtype = "bfloat16" if config.training.bf16 else "float32"
-    if config.training.fp8_format:
-        dtype = f"fp8 {config.training.fp8_recipe}"
-    return Row(
-        f"stage {options.stage} training step, {model.model or 'model'}", name, shape, dtype, describe(platform.device),
-        middle * 1e3, len(seconds), peak, name, note=in_words(figures), figures=figures,
-    )  # fmt: skip
+    seconds, results = [], []
+    with PeakMemory(platform.device, exact=False) as peak, trainer_session as trainer:
+        for _ in range(warmup + steps):
+            platform.synchronize()
+            started = time.perf_counter()
+            results.append(trainer.advance())
+            platform.synchronize()
+            seconds.append(time.perf_counter() - started)
+    timed = results[warmup:]
+    samples, tokens, flops = (sum(getattr(step, name) for step in timed) for name in ("num_samples", "num_tokens", "flops"))
+    first_loss = results[0].metrics["loss"]
+    return TimedSteps(seconds[warmup:], samples, tokens, first_loss, peak.bytes, flops, describe(platform.device))
 
 
 def in_words(figures: dict[str, float]) -> str:
-    """The figures for people."""
+    """The figures for the note of a table's row."""
     text = f"{figures['tokens_per_s']:,.0f} tokens/s, {figures['samples_per_s']:,.2f} samples/s"
     if "tflops_per_device" in figures:
         text += f", {figures['tflops_per_device']:,.2f} TFLOP/s a device"
     return f"[{text}, MFU {figures['mfu']:.1%}]" if "mfu" in figures else f"[{text}]"
+
+
+@dataclass(kw_only=True)
+class Throughput(StepOptions, TrainerOptions):
+    """Time training steps from random weights; under torchrun at any layout. All other flags go to the trainer, such as
+    --model llama-3.2-1b --bf16 --tensor-model-parallel-size 2; see `gram finetune --help`.
+
+    Without --data or --data-path, tokens are random and samples are as long as those of real preference pairs.
+    """
+
+    steps: int = 5
+    warmup: int = 2
+    stretch: float = 1.0
+    """Random data: factor on the lengths of samples."""
+
+    def run(self) -> None:
+        """Measure, print and write; every process calls it."""
+        config = self.config()
+        config.training.train_iters = self.warmup + self.steps
+        own_data = bool(config.data.data or config.data.data_path)
+        if config.model.vocab_size is None and not own_data:
+            config.model.vocab_size = VOCAB_SIZE
+        check(config, data=own_data)
+        trainer_session = session(config) if own_data else random_session(config, stretch=self.stretch)
+        row = self._row(config, time_steps(config, trainer_session, self.warmup, self.steps))
+        log(table([row]))
+        write_json(self.json, [row])
+
+    def _row(self, config: Config, found: TimedSteps) -> Row:
+        parallel, model, figures = config.parallel, config.model, found.figures()
+        peak_tflops = config.logging.peak_tflops or platforms.initialise(parallel.device).peak_tflops()
+        if peak_tflops:
+            figures["mfu"] = figures["tflops_per_device"] / peak_tflops
+        shape = _shape(config) | {"pack": config.pack_tokens, "samples": config.training.global_batch_size}
+        layout = (
+            f"TP{parallel.tensor_model_parallel_size} PP{parallel.pipeline_model_parallel_size} "
+            f"CP{parallel.context_parallel_size} DP{config.data_parallel_size}"
+        )
+        return Row(
+            f"stage {self.stage} training step, {model.model or 'model'}", layout, shape, _precision(config), found.device,
+            found.median_ms(), len(found.seconds), found.peak_bytes, layout, note=in_words(figures), figures=figures,
+        )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Saving(TrainerOptions):
+    """Time training steps on the demonstration data with --async-save and without saving, in turns within one process; under
+    torchrun at any layout. All other flags go to the trainer, such as --model tiny --seq-length 512 --global-batch-size 16.
+
+    On a CPU, leave a core to the process that writes (OMP_NUM_THREADS), as every GPU has one.
+    """
+
+    interval: int = 20
+    """Training steps between two checkpoints."""
+    rounds: int = 3
+    """How often each of the two is measured."""
+
+    def run(self) -> None:
+        """Measure, print and write; every process calls it."""
+        with tempfile.TemporaryDirectory() as folder:
+            files = demonstration_data(Path(folder))
+            config = self.config("--train-iters", "100000", "--vocab-size", str(VOCAB_SIZE), *files)
+            config.checkpoint.save, config.checkpoint.async_save, config.checkpoint.keep_last = f"{folder}/run", True, 1
+            check(config)
+            with session(config) as trainer:
+                rows = self._rows(trainer)
+        log(table(rows))
+        write_json(self.json, rows)
+
+    def _rows(self, trainer) -> list[Row]:
+        config, steps = trainer.config, self.rounds * self.interval
+        _seconds(trainer, self.interval, save=True)  # warm-up of both
+        seconds = {"no saving": 0.0, "saving": 0.0}
+        for _ in range(self.rounds):
+            seconds["no saving"] += _seconds(trainer, self.interval, save=False)
+            seconds["saving"] += _seconds(trainer, self.interval, save=True)
+        size = sum(file.stat().st_size for file in Path(config.checkpoint.save).rglob("iter_*/*.distcp"))
+        name, device = f"stage {self.stage} step with --async-save every {self.interval} steps", trainer.platform.device
+        rows = [
+            Row(
+                name, kind, _shape(config), _precision(config), describe(device), total / steps * 1e3, steps, None,
+                "no saving", figures={"checkpoint_bytes": size},
+            )
+            for kind, total in seconds.items()
+        ]  # fmt: skip
+        add_ratios(rows)
+        return rows
+
+
+def _seconds(trainer, steps: int, save: bool) -> float:
+    """Seconds of `steps` training steps; `save`: a checkpoint is begun before the first and complete after the last."""
+    trainer.platform.synchronize()
+    started = time.perf_counter()
+    if save:
+        trainer.save()
+    for _ in range(steps):
+        trainer.advance()
+        trainer.saver.finish(blocking=False)
+    trainer.saver.finish()
+    trainer.platform.synchronize()
+    return time.perf_counter() - started
+
+
+def _shape(config: Config) -> dict[str, int]:
+    model = config.model
+    return {"layers": model.num_layers, "hidden": model.hidden_size, "vocabulary": model.vocab_size}
+
+
+def _precision(config: Config) -> str:
+    if config.training.fp8_format:
+        return f"fp8 {config.training.fp8_recipe}"
+    return "bfloat16" if config.training.bf16 else "float32"

@@ -137,7 +137,7 @@ def report(plans: list[Plan], arguments: PlanArguments) -> str:
 
 
 ERROR = (
-    "of memory, at most 3 % on CPU layouts of stages 1 and 2 (tools/benchmark_planner.py), not measured on GPUs; "
+    "of memory, at most 3 % on CPU layouts of stages 1 and 2 (gram benchmark planner), not measured on GPUs; "
     "of tokens/s, -7 % to -26 % against published FP8 runs."
 )
 _MEMORY = ("param", "grad", "optim", "activ", "logits", "temp", "other")

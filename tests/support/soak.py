@@ -1,10 +1,11 @@
-"""A long run that is killed again and again against one that is not: equal to the bit, and flat in memory and open files.
+"""A long run that is killed again and again, beside one that is not: both must end with the same bits, and neither may use more
+memory or open files over time.
 
-    python tools/soak.py --steps 2000 --kills 20 --json runs/soak.json
+    python -m tests.support.soak --steps 2000 --kills 20 --json runs/soak.json
 
-Both runs train the same tiny model on the demonstration data in `processes` data-parallel processes.  In the disturbed one a
-process drawn at random is killed (kill -9) at a random moment and torchrun starts the run again; every fourth time the whole
-run gets SIGTERM instead, saves, leaves with status 0 and is started anew.
+Both runs train the same tiny model on the demonstration data in `processes` data-parallel processes. In the disturbed run, a
+random process is killed (kill -9) at a random moment, and torchrun restarts the run. Every fourth time the whole run gets
+SIGTERM instead; it saves, exits with status 0 and is started again.
 """
 
 from __future__ import annotations
@@ -30,11 +31,10 @@ import torch.distributed.checkpoint as dcp
 import tyro
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from gram_engine.benchmarks.measure import write_json
+from gram_engine.benchmarks.results import write_json
+from gram_engine.benchmarks.workload import demonstration_data
 from gram_engine.checkpoint.folder import latest_checkpoint
 from gram_engine.config.parse import fail
-from gram_engine.data import demo
-from gram_engine.data.train_tokenizer import TokenizerConfig, train_tokenizer
 from gram_engine.errors import GramError
 
 STEP = re.compile(r"step (\d+)/")
@@ -48,7 +48,7 @@ SHAPE = (
 
 @dataclass
 class SoakConfig:
-    """Kill a long run again and again; compare it with an undisturbed one."""
+    """Kill a long run again and again, and compare it with an undisturbed one."""
 
     steps: int = 2000
     """Steps of each run."""
@@ -59,30 +59,30 @@ class SoakConfig:
     save_interval: int = 25
     """Steps between checkpoints."""
     seed: int = 0
-    """Of the moments and victims."""
+    """Seed of the moments of the faults and of the processes that are killed."""
     output_dir: str = "runs/soak"
-    """Where data, checkpoints and logs go; emptied first."""
+    """Folder for data, checkpoints and logs; emptied first."""
     json: Optional[str] = None
-    """Write the figures here."""
+    """Also write the figures to this file."""
 
 
 @dataclass
 class Run:
-    """What was seen of one run."""
+    """What was observed of one run."""
 
     name: str
     seconds: float = 0.0
     killed: int = 0
     terminated: int = 0
     steps_done: int = 0
-    """Steps trained in all, with those trained again after a kill."""
+    """Steps trained, including those that were trained again after a kill."""
     resident_mib: list[float] = field(default_factory=list)
     open_files: list[int] = field(default_factory=list)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Both runs, the comparison and the table; exit status 1 where they differ."""
-    config = tyro.cli(SoakConfig, args=argv, prog="soak")
+    """Run both, compare them and print the figures; exit status 1 if they differ."""
+    config = tyro.cli(SoakConfig, args=argv, prog="python -m tests.support.soak")
     try:
         runs, equal = soak(config)
     except GramError as error:
@@ -94,15 +94,15 @@ def main(argv: list[str] | None = None) -> None:
         )
     print(f"final weights and optimizer state: {'equal to the bit' if equal else 'DIFFERENT'}")
     if config.json:
-        write_json(config.json, runs, equal=equal)
+        write_json(config.json, runs, equal=equal, command=" ".join(["python -m tests.support.soak", *sys.argv[1:]]))
     sys.exit(0 if equal else 1)
 
 
 def soak(config: SoakConfig) -> tuple[list[Run], bool]:
-    """The undisturbed and the disturbed run, and whether they ended in the same tensors."""
+    """The undisturbed and the disturbed run, and whether their last checkpoints hold the same tensors."""
     folder = Path(config.output_dir)
     shutil.rmtree(folder, ignore_errors=True)
-    files = make_files(folder)
+    files = demonstration_data(folder)
     runs = [
         train(config, files, folder / "undisturbed", faults=0),
         train(config, files, folder / "disturbed", faults=config.kills),
@@ -112,23 +112,15 @@ def soak(config: SoakConfig) -> tuple[list[Run], bool]:
     return runs, equal
 
 
-def make_files(folder: Path) -> list[str]:
-    """Flags that name demonstration data and a tokenizer trained on it."""
-    data = demo.write(demo.DemoConfig(output_dir=str(folder / "data"), train_pairs=300, test_pairs=20))[0]
-    tokenizer = str(folder / "tokenizer.model")
-    train_tokenizer(TokenizerConfig(data=(str(data),), output=tokenizer, vocab_size=600))
-    return ["--data", str(data), "--tokenizer-model", tokenizer, "--data-cache-path", str(folder / "cache")]
-
-
 def train(config: SoakConfig, files: list[str], save: Path, faults: int) -> Run:
-    """One run to its end through `faults` faults; its log goes to SAVE.log.
+    """Train to the end, disturbed by `faults` faults; the log goes to SAVE.log.
 
     Raises:
-        GramError: the run ended with an error, or was silent for minutes.
+        GramError: the run failed, or printed nothing for minutes.
     """
     run, draw = Run(save.name), random.Random(config.seed)
     started = time.perf_counter()
-    # Faults are spread over the run: each comes at a step of its own part.
+    # The run is cut into as many parts as there are faults and one more; each fault comes at a random step of its part.
     due = [int((part + draw.random()) * config.steps / (faults + 1)) + 1 for part in range(faults)]
     command = [
         *(sys.executable, "-m", "gram_engine.training.launch", "examples/finetune_gram.sh"),
@@ -145,7 +137,7 @@ def train(config: SoakConfig, files: list[str], save: Path, faults: int) -> Run:
 
 
 def _start(command: list[str], run: Run, due: list[int], draw: random.Random, log) -> int:
-    """Start the launcher, disturb what it runs, wait for its end. Returns the last step seen."""
+    """Start the launcher, disturb the processes that it runs, and wait for its end; returns the last step logged."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     root = Path(__file__).resolve().parents[2]
     launcher = subprocess.Popen(
@@ -160,7 +152,7 @@ def _start(command: list[str], run: Run, due: list[int], draw: random.Random, lo
                 continue
             step = int(found[1])
             run.steps_done += 1
-            _look(launcher, run, step)
+            _record(launcher, run, step)
             if due and step >= due[0]:
                 due.pop(0)
                 time.sleep(draw.random() * 0.2)
@@ -174,7 +166,7 @@ def _start(command: list[str], run: Run, due: list[int], draw: random.Random, lo
 
 
 def _lines(launcher: subprocess.Popen):
-    """Its output, line by line, until it ends (or until what it left behind holds the pipe open)."""
+    """The launcher's output, line by line, until it ends, even if a process that outlives it keeps the pipe open."""
     lines: queue.Queue = queue.Queue()
 
     def read() -> None:
@@ -183,20 +175,20 @@ def _lines(launcher: subprocess.Popen):
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    heard = time.monotonic()
+    last_line = time.monotonic()
     while True:
         try:
             line = lines.get(timeout=1)
         except queue.Empty:
             if launcher.poll() is not None:
                 return
-            if time.monotonic() - heard > SILENCE_SECONDS:
+            if time.monotonic() - last_line > SILENCE_SECONDS:
                 raise GramError(f"no output for {SILENCE_SECONDS} s: the run hangs.") from None
             continue
         if line is None:
             launcher.wait()
             return
-        heard = time.monotonic()
+        last_line = time.monotonic()
         yield line
 
 
@@ -206,8 +198,8 @@ def _trainers(launcher: subprocess.Popen) -> list[psutil.Process]:
     return []
 
 
-def _look(launcher: subprocess.Popen, run: Run, step: int) -> None:
-    """Memory and open files of the first trainer, every ten steps."""
+def _record(launcher: subprocess.Popen, run: Run, step: int) -> None:
+    """Every ten steps, note memory and open files of the first trainer process."""
     with contextlib.suppress(psutil.Error, IndexError):
         if step % 10 == 0:
             trainer = _trainers(launcher)[0]
@@ -227,7 +219,7 @@ def _disturb(launcher: subprocess.Popen, run: Run, draw: random.Random) -> None:
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, weights and optimizer state, by key."""
+    """Every tensor of a checkpoint (weights and optimizer state), by key."""
     described = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     found = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -239,7 +231,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def growth(figures: list[float]) -> str:
-    """'a -> b': medians of the second and of the last tenth of the run (the first tenth is still loading libraries)."""
+    """'a -> b': medians of the second and the last tenth of the run; in the first, libraries are still being loaded."""
     tenth = max(1, len(figures) // 10)
     early, late = figures[tenth : 2 * tenth] or figures, figures[-tenth:]
     return f"{_median(early):.0f} -> {_median(late):.0f}"
