@@ -1,5 +1,6 @@
-// CPU kernels as PyTorch operators, on LibTorch's stable ABI.  Outputs are allocated by the caller (kernels/cpu.py), which
-// also has checked shapes and dtypes; every row is computed by one thread in a fixed order.
+// CPU kernels as PyTorch operators, on LibTorch's stable ABI.  The callers, kernels/pair_loss.py and kernels/cross_entropy.py,
+// describe the arguments, check their shapes and dtypes, and allocate the outputs.  Each row is computed by one thread in a
+// fixed order.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -19,9 +20,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kElementsPerThread = 1 << 14;  // below this a thread costs more than it brings
+constexpr int64_t kElementsPerThread = 1 << 14;  // with fewer, starting a thread costs more than it saves
 
-// Calls f with a null pointer of the element type and one of the type to compute in.
+// Calls f with a null pointer to the element type and a zero of the compute type.
 template <typename F>
 void dispatch(ScalarType type, const F& f) {
   switch (type) {
@@ -46,7 +47,7 @@ T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-// The pack's position of label b, or -1.
+// The row of label b in hidden, or -1.
 int64_t position(const std::optional<Tensor>& rows, int64_t b) {
   return rows ? static_cast<const int64_t*>(rows->const_data_ptr())[b] : b;
 }
@@ -73,13 +74,13 @@ void dot_products(const T* x, const A* u, int64_t n, A* squares, A* products) {
 // norm_eps < 0: no norm.
 void pair_loss_forward(
     const Tensor hidden, const std::optional<Tensor> rows, const Tensor direction, const Tensor preference,
-    double label_smoothing, double norm_eps, Tensor loss_out, Tensor margin_out, Tensor rstd_out, Tensor slope_out) {
+    double label_smoothing, double norm_eps, Tensor loss_out, Tensor margin_out, Tensor rstd_out, Tensor dloss_dmargin_out) {
   const int64_t labels = preference.numel(), size = direction.numel(), stride = hidden.stride(0);
   dispatch(hidden.scalar_type(), [&](auto* element, auto zero) {
     using T = std::remove_pointer_t<decltype(element)>;
     using A = decltype(zero);
     for_rows(labels, size, [&](int64_t b) {
-      A loss = 0, margin = 0, rstd = 0, slope = 0;
+      A loss = 0, margin = 0, rstd = 0, dloss_dmargin = 0;
       if (const int64_t row = position(rows, b); row >= 0) {
         A squares, products;
         dot_products(data<T>(hidden) + row * stride, data<A>(direction), size, &squares, &products);
@@ -87,12 +88,12 @@ void pair_loss_forward(
         margin = rstd * products;
         const auto result = gram::pair_loss<A>(margin, data<A>(preference)[b], static_cast<A>(label_smoothing));
         loss = result.loss;
-        slope = result.slope;
+        dloss_dmargin = result.dloss_dmargin;
       }
       data<A>(loss_out)[b] = loss;
       data<A>(margin_out)[b] = margin;
       data<A>(rstd_out)[b] = rstd;
-      data<A>(slope_out)[b] = slope;
+      data<A>(dloss_dmargin_out)[b] = dloss_dmargin;
     });
   });
 }
@@ -120,9 +121,10 @@ void pair_loss_backward(
         for (int64_t i = 0; i < size; ++i) out[i] = static_cast<T>(along * u[i] - back * static_cast<A>(from[i]));
       }
     });
-    // Columns are split over threads, labels run in order: the same sum for any number of threads.
+    // Threads share the columns, and each adds the labels in order: the sum does not depend on the number of threads.
     A* s = data<A>(grad_direction);
-    torch::stable::parallel_for(0, size, kElementsPerThread / std::max<int64_t>(1, labels) + 1, [&](int64_t begin, int64_t end) {
+    const int64_t grain = kElementsPerThread / std::max<int64_t>(1, labels) + 1;
+    torch::stable::parallel_for(0, size, grain, [&](int64_t begin, int64_t end) {
       std::fill(s + begin, s + end, A(0));
       for (int64_t b = 0; b < labels; ++b)
         if (const int64_t row = position(rows, b); row >= 0)
@@ -151,7 +153,7 @@ void cross_entropy_stats(const Tensor logits, const Tensor targets, int64_t vali
 }
 
 void cross_entropy_grad_(
-    Tensor logits, const Tensor targets, const Tensor log_normaliser, int64_t valid, double target_weight,
+    Tensor logits, const Tensor targets, const Tensor lse, int64_t valid, double target_weight,
     double other_weight) {
   const int64_t rows = logits.size(0), columns = logits.size(1), stride = logits.stride(0);
   const int64_t* target = static_cast<const int64_t*>(targets.const_data_ptr());
@@ -162,7 +164,7 @@ void cross_entropy_grad_(
       T* z = data<T>(logits) + row * stride;
       const int64_t here = target[row] < valid ? target[row] : -1;
       gram::row_gradient<T, A>(
-          z, valid, here, data<A>(log_normaliser)[row], static_cast<A>(target_weight), static_cast<A>(other_weight));
+          z, valid, here, data<A>(lse)[row], static_cast<A>(target_weight), static_cast<A>(other_weight));
       std::fill(z + valid, z + columns, static_cast<T>(0.0f));
     });
   });
@@ -173,13 +175,13 @@ void cross_entropy_grad_(
 STABLE_TORCH_LIBRARY(gram_engine_cpu, m) {
   m.def(
       "pair_loss_forward(Tensor hidden, Tensor? rows, Tensor direction, Tensor preference, float label_smoothing, "
-      "float norm_eps, Tensor(a!) loss, Tensor(b!) margin, Tensor(c!) rstd, Tensor(d!) slope) -> ()");
+      "float norm_eps, Tensor(a!) loss, Tensor(b!) margin, Tensor(c!) rstd, Tensor(d!) dloss_dmargin) -> ()");
   m.def(
       "pair_loss_backward(Tensor hidden, Tensor? rows, Tensor direction, Tensor margin, Tensor rstd, Tensor grad_margin, "
       "bool has_norm, Tensor(a!) grad_rows, Tensor(b!) grad_direction) -> ()");
   m.def("cross_entropy_stats(Tensor logits, Tensor targets, int valid, Tensor(a!) out) -> ()");
   m.def(
-      "cross_entropy_grad_(Tensor(a!) logits, Tensor targets, Tensor log_normaliser, int valid, float target_weight, "
+      "cross_entropy_grad_(Tensor(a!) logits, Tensor targets, Tensor lse, int valid, float target_weight, "
       "float other_weight) -> ()");
 }
 

@@ -1,5 +1,5 @@
-// One row of a cross entropy over the vocabulary, on a CPU: its statistics, and its gradient in place of the logits.
-// The float versions are written for the compiler's vectoriser; sums run in a fixed order.
+// One row of a cross entropy over the vocabulary, on a CPU: its statistics, and its gradient, which replaces the logits.
+// The float versions are written such that the compiler vectorises them; sums run in a fixed order.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <limits>
 
-// Compiled for several instruction sets; the loader takes the best that the machine has.
+// Compiled for several instruction sets; the loader chooses the best one that the machine supports.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define GRAM_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -50,7 +50,7 @@ inline T lanes_sum(const T* lanes) {
   return static_cast<T>(sum);
 }
 
-// Largest of n values; NaN wins, so that it propagates.
+// Largest of n values; NaN if any is NaN.
 GRAM_CLONES inline float block_largest(const float* z, int64_t n) {
   float lanes[kLanes];
   for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = -std::numeric_limits<float>::infinity();
@@ -89,9 +89,9 @@ GRAM_CLONES inline double block_total(const float* z, int64_t n) {
   return sum;
 }
 
-// out <- exp(z - log_normaliser) - other_weight
-GRAM_CLONES inline void block_gradient(const float* z, float* out, int64_t n, float log_normaliser, float other_weight) {
-  for (int64_t i = 0; i < n; ++i) out[i] = fast_exp(z[i] - log_normaliser) - other_weight;
+// out <- exp(z - lse) - other_weight
+GRAM_CLONES inline void block_gradient(const float* z, float* out, int64_t n, float lse, float other_weight) {
+  for (int64_t i = 0; i < n; ++i) out[i] = fast_exp(z[i] - lse) - other_weight;
 }
 
 // Adds a block to the statistics of the blocks before it.
@@ -135,24 +135,24 @@ inline RowStats row_stats<double>(const double* z, int64_t n) {
 }
 
 template <typename T, typename A>
-void row_gradient(T* z, int64_t n, int64_t target, A log_normaliser, A target_weight, A other_weight) {
+void row_gradient(T* z, int64_t n, int64_t target, A lse, A target_weight, A other_weight) {
   float at_target = 0;
   if (target >= 0) at_target = static_cast<float>(z[target]);
   float block[kBlock];
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t count = std::min(kBlock, n - start);
     for (int64_t i = 0; i < count; ++i) block[i] = static_cast<float>(z[start + i]);
-    block_gradient(block, block, count, log_normaliser, other_weight);
+    block_gradient(block, block, count, lse, other_weight);
     for (int64_t i = 0; i < count; ++i) z[start + i] = static_cast<T>(block[i]);
   }
-  // Formed before it is rounded: near 0 when the model is confident.
-  if (target >= 0) z[target] = static_cast<T>(std::exp(at_target - log_normaliser) - other_weight - target_weight);
+  // Computed before rounding, because it is close to 0 when the model is confident.
+  if (target >= 0) z[target] = static_cast<T>(std::exp(at_target - lse) - other_weight - target_weight);
 }
 
 template <>
 inline void row_gradient<double, double>(
-    double* z, int64_t n, int64_t target, double log_normaliser, double target_weight, double other_weight) {
-  for (int64_t i = 0; i < n; ++i) z[i] = std::exp(z[i] - log_normaliser) - other_weight;
+    double* z, int64_t n, int64_t target, double lse, double target_weight, double other_weight) {
+  for (int64_t i = 0; i < n; ++i) z[i] = std::exp(z[i] - lse) - other_weight;
   if (target >= 0) z[target] -= target_weight;
 }
 

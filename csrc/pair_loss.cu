@@ -1,5 +1,6 @@
-// CUDA kernels of the two-token pair loss.  No torch headers: the launchers take plain pointers (kernels/cuda.py calls them
-// through ctypes) and return a cudaError.  No float atomics: sums run in a fixed order, results are the same in every run.
+// CUDA kernels of the two-token pair loss; kernels/pair_loss.py describes the arguments.  There are no torch headers: the
+// launchers take plain pointers (kernels/cuda.py calls them through ctypes) and return a cudaError.  There are no float
+// atomics: sums run in a fixed order, so that the results are the same in every run.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -64,10 +65,10 @@ __device__ __forceinline__ void block_sums(A& first, A& second) {
 // What the forward pass writes, each [labels].
 template <typename A>
 struct Results {
-  A *loss, *margin, *rstd, *slope;
+  A *loss, *margin, *rstd, *dloss_dmargin;
 };
 
-// One block a label.
+// One block per label.
 template <typename T, typename A>
 __global__ void __launch_bounds__(kThreads) forward_kernel(
     const T* __restrict__ hidden, int64_t stride, const int64_t* __restrict__ rows, const A* __restrict__ direction,
@@ -95,11 +96,11 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
   results.loss[label] = result.loss;
   results.margin[label] = margin;
   results.rstd[label] = rstd;
-  results.slope[label] = result.slope;
+  results.dloss_dmargin[label] = result.dloss_dmargin;
 }
 
-// The first `labels` blocks write the gradient of one label row each; the others add up 256 columns of direction's gradient
-// each, label by label.
+// The first `labels` blocks write the gradient of one label row each.  Each of the other blocks sums 256 columns of the
+// gradient of direction, label by label.
 template <typename T, typename A>
 __global__ void __launch_bounds__(kThreads) backward_kernel(
     const T* __restrict__ hidden, int64_t stride, const int64_t* __restrict__ rows, const A* __restrict__ direction,
@@ -158,8 +159,8 @@ int launch_backward(
 extern "C" int gram_pair_loss_forward(
     int dtype, const void* hidden, int64_t stride, const int64_t* rows, const void* direction, const void* preference,
     double label_smoothing, double norm_eps, int64_t labels, int64_t size, void* loss, void* margin, void* rstd,
-    void* slope, void* stream) {
-  void* const out[4] = {loss, margin, rstd, slope};
+    void* dloss_dmargin, void* stream) {
+  void* const out[4] = {loss, margin, rstd, dloss_dmargin};
   const auto launch = [&](auto* function) {
     return function(hidden, stride, rows, direction, preference, label_smoothing, norm_eps, labels, size, out,
                     static_cast<cudaStream_t>(stream));

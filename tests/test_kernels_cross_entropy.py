@@ -35,10 +35,10 @@ def loss_and_gradient(logits, targets, valid, smoothing=0.0, shards=1):
         first += piece.shape[1]
     top, exponentials, target, total = torch.stack(stats).unbind(-1)
     largest = top.amax(dim=0)
-    log_normaliser = largest + (exponentials * (top - largest).exp()).sum(dim=0).log()
-    loss = log_normaliser - (1 - smoothing) * target.sum(dim=0) - smoothing / valid * total.sum(dim=0)
+    lse = largest + (exponentials * (top - largest).exp()).sum(dim=0).log()
+    loss = lse - (1 - smoothing) * target.sum(dim=0) - smoothing / valid * total.sum(dim=0)
     for piece, (local, here) in zip(pieces, locals_):
-        cross_entropy_grad_(piece, local, log_normaliser, here, 1 - smoothing, smoothing / valid)
+        cross_entropy_grad_(piece, local, lse, here, 1 - smoothing, smoothing / valid)
     return loss, torch.cat(pieces, dim=1)
 
 
@@ -120,8 +120,8 @@ def test_nan_propagates(implementation):
     logits, targets = problem(torch.float32)
     logits[2, 4444] = float("nan")
     stats = cross_entropy_stats(logits, targets, VOCABULARY)
-    log_normaliser = stats[:, 0] + stats[:, 1].log()
-    assert log_normaliser.isnan().tolist() == [row == 2 for row in range(ROWS)]
+    lse = stats[:, 0] + stats[:, 1].log()
+    assert lse.isnan().tolist() == [row == 2 for row in range(ROWS)]
 
 
 def test_no_rows(implementation):

@@ -101,8 +101,8 @@ def test_extreme_margins(implementation, eps, margin):
     expected = -F.logsigmoid(x.detach().double()[:, 0]) + eps * x.detach().double()[:, 0]
     torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=1e-12)
     assert (found == x[:, 0]).all()
-    (slope,) = torch.autograd.grad(loss.sum(), x)
-    torch.testing.assert_close(slope[:, 0].double(), eps - torch.sigmoid(-x.detach().double()[:, 0]), rtol=2e-6, atol=1e-7)
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    torch.testing.assert_close(grad[:, 0].double(), eps - torch.sigmoid(-x.detach().double()[:, 0]), rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -121,7 +121,7 @@ def test_without_the_norm_the_margins_gradient_does_not_depend_on_the_row(implem
     assert torch.equal(grad, direction.expand(2, 2))
 
 
-def test_exchanging_a_and_b_mirrors_everything_bit_for_bit(implementation):
+def test_swapping_a_and_b_mirrors_everything_bit_for_bit(implementation):
     x, _, norm_weight, row_a, row_b, preference = problem(7, 100, dtype=torch.float32)
     preference[5] = 0.75  # 1 - 0.75 is exact
     results = []
@@ -131,7 +131,7 @@ def test_exchanging_a_and_b_mirrors_everything_bit_for_bit(implementation):
         loss, margin = pair_loss(leaf, direction, wanted, 0.07, NORM_EPS)
         results.append([loss, margin, *torch.autograd.grad(loss.sum(), (leaf, direction))])
     (loss, margin, grad_x, s), (other_loss, other_margin, other_grad_x, other_s) = results
-    halves = preference == 0.5  # a tie has no side of its own: its slope is the other's up to rounding
+    halves = preference == 0.5  # a tie has no side of its own: its derivative is the same up to rounding
     assert (loss == other_loss)[~halves].all() and (margin == -other_margin).all()
     assert (grad_x == other_grad_x)[~halves].all()
     torch.testing.assert_close(grad_x, other_grad_x)
@@ -186,14 +186,18 @@ def test_no_labels(implementation):
     assert all((grad == 0).all() for grad in grads)
 
 
-def test_first_and_last_row_and_rows_that_lie_apart(implementation):
-    wide = draw(9, 2, 100).float()
-    x, rows = wide[:, 1], torch.tensor([0, 8], device=DEVICE)
+@pytest.mark.parametrize("columns", [slice(100, 200), slice(0, 200, 2)], ids=["rows apart", "columns apart"])
+def test_tensors_that_are_not_contiguous(implementation, columns):
+    x, rows = draw(9, 200).float()[:, columns], torch.tensor([0, 5, 8, 5], device=DEVICE)[::2]
+    direction, wanted = draw(200, seed=1).float()[columns], torch.tensor([1.0, 0.5, 0.0], device=DEVICE)[::2]
     assert not x.is_contiguous()
-    direction, wanted = draw(100, seed=1).float(), torch.tensor([1.0, 0.0], device=DEVICE)
-    loss, margin = pair_loss(x, direction, wanted, 0.1, NORM_EPS, rows)
-    again, again_margin = pair_loss(x[rows].contiguous(), direction, wanted, 0.1, NORM_EPS)
-    assert (loss == again).all() and (margin == again_margin).all()
+    results = []
+    for leaf, u in ((x, direction), (x[rows].contiguous(), direction.contiguous())):
+        leaf, u = leaf.detach().requires_grad_(), u.detach().requires_grad_()
+        loss, margin = pair_loss(leaf, u, wanted, 0.1, NORM_EPS, rows if len(leaf) == 9 else None)
+        grad, s = torch.autograd.grad(loss.sum(), (leaf, u))
+        results.append((loss, margin, grad[rows] if len(leaf) == 9 else grad, s))
+    assert all(torch.equal(*pair) for pair in zip(*results))
 
 
 def test_a_row_given_twice_counts_twice(implementation):

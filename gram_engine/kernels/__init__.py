@@ -1,4 +1,4 @@
-"""The losses' arithmetic: one function per loss, whatever implements it (dispatch.py)."""
+"""The losses as differentiable functions of hidden rows and output weight; dispatch.py chooses the implementation."""
 
 from gram_engine.kernels.linear_cross_entropy import linear_cross_entropy
 from gram_engine.kernels.pair_loss import pair_loss

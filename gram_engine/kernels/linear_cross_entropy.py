@@ -1,7 +1,8 @@
-"""Vocabulary-parallel linear layer + cross entropy in row chunks, the gradients made together with the loss.
+"""Vocabulary-parallel linear layer + cross entropy in chunks of rows; the gradients are computed in the forward pass.
 
-Each chunk's logits lie in memory once and are replaced by their gradient, from which the gradients of the rows and of the
-weight are added up at once: three matrix products, no logits kept, memory independent of rows x vocabulary.
+Each chunk's logits exist once and are replaced by their gradient, from which the gradients of the rows and of the weight
+follow at once.  That is three matrix products in total, no logits are saved for the backward pass, and the memory does not
+grow with rows x vocabulary.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from torch import Tensor
 from gram_engine.kernels.cross_entropy import cross_entropy_grad_, cross_entropy_stats
 
 LOGITS_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
-"""A chunk's logits, where no chunk size is given: enough for full speed, little beside the gradient of the weight."""
+"""Size of a chunk's logits if no chunk size is given: enough for full speed, and small beside the weight's gradient."""
 
 CACHED_ELEMENTS = 1 << 21
+"""Elements of the weight's gradient that stay in a CPU's cache."""
 
 
 def linear_cross_entropy(
@@ -33,25 +35,28 @@ def linear_cross_entropy(
     group: dist.ProcessGroup | None = None,
     main_grad: Tensor | None = None,
 ) -> Tensor:
-    """Sum over rows of row_weight * cross entropy of hidden @ weight^T, over the first `vocab_size` rows of the weight.
+    """Sum over the rows of row_weight * cross entropy of hidden @ weight^T, over the first `vocab_size` rows of the weight.
 
     Args:
         hidden: [rows, hidden], the same on every process of `group`.
         weight: [padded vocabulary / group size, hidden], this process's rows, hidden's dtype.
         targets: [rows] int64 token ids.
         vocab_size: rows of the whole weight that are real tokens; the rest is padding and gets no probability.
-        chunk_size: rows whose logits exist at one time (twice as many with a group: communication of one chunk overlaps
-            the matrix product of the next).  None: `default_chunk_size`.
+        chunk_size: rows whose logits exist at one time (twice as many with a group, where the communication of one chunk
+            overlaps the matrix product of the next one).  None: `default_chunk_size`.
         label_smoothing: weight spread evenly over the vocabulary, as in torch's cross_entropy.
         row_weight: [rows] fp32, or None for ones.
         group: tensor-parallel group, or None for a whole weight.
-        main_grad: where the gradient of `weight` is added, in the forward pass, instead of going through autograd: fp32
-            [as weight].  The loss must then be differentiated with gradient 1 (a plain sum), or backward raises.
-            Neither with it nor through autograd is a gradient made for a weight that requires none and has no main_grad.
+        main_grad: fp32, shape of `weight`.  The gradient of `weight` is added to it in the forward pass instead of being
+            returned through autograd; the gradient of the loss must then be 1 (a plain sum).  None: the gradient goes
+            through autograd, if `weight` requires one.
 
     Returns:
         Scalar fp32 (float64 for float64).  The gradient of `hidden` holds this process's part only: the caller sums it
         over the group.
+
+    Raises:
+        RuntimeError: in the backward pass, if main_grad is given and the gradient of the loss is not 1.
     """
     task = _Task(
         targets=targets,
@@ -68,7 +73,7 @@ def linear_cross_entropy(
 
 
 def default_chunk_size(weight: Tensor) -> int:
-    """Rows whose logits take LOGITS_BYTES, for a weight [vocabulary, hidden]: a multiple of 128, at least 128."""
+    """Number of rows whose logits take LOGITS_BYTES, for a weight [vocabulary, hidden]; a multiple of 128, at least 128."""
     rows = LOGITS_BYTES[weight.device.type] // (len(weight) * weight.element_size())
     return max(rows // 128, 1) * 128
 
@@ -88,11 +93,12 @@ class _Task:
 
 @dataclass
 class _Chunk:
-    """Logits of some rows, on their way: statistics of all processes are being gathered."""
+    """Logits of some rows while the statistics of all processes are being gathered."""
 
     rows: slice
     logits: Tensor
     stats: Tensor
+    """[processes, rows, 4], valid after `handle`; see cross_entropy_stats."""
     handle: dist.Work | None
 
 
@@ -125,7 +131,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _State:
-    """Buffers and sums of one call."""
+    """Buffers and accumulators of one call."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, task: _Task):
         self.hidden, self.weight, self.task = hidden, weight, task
@@ -147,7 +153,7 @@ class _State:
         self.processes = processes
 
     def start(self, number: int, rows: slice) -> _Chunk:
-        """Make the logits and begin to gather their statistics."""
+        """Compute the logits and start to gather their statistics."""
         logits = self.buffers[number % len(self.buffers)][: rows.stop - rows.start]
         torch.mm(self.hidden[rows], self.weight.t(), out=logits)
         stats = cross_entropy_stats(logits, self.targets[rows], self.valid)
@@ -158,16 +164,16 @@ class _State:
         return _Chunk(rows, logits, gathered.view(self.processes, *stats.shape), handle)
 
     def finish(self, chunk: _Chunk) -> None:
-        """Add the chunk's loss, and its gradients."""
+        """Add the chunk's loss and its gradients."""
         task, rows = self.task, chunk.rows
         if chunk.handle is not None:
             chunk.handle.wait()
         top, exponentials, target, total = chunk.stats.unbind(-1)
         largest = top.amax(dim=0)
-        log_normaliser = largest + (exponentials * (top - largest).exp()).sum(dim=0).log()
+        lse = largest + (exponentials * (top - largest).exp()).sum(dim=0).log()
         other_weight = task.label_smoothing / task.vocab_size
         target_weight = 1 - task.label_smoothing
-        losses = log_normaliser - target_weight * target.sum(dim=0)
+        losses = lse - target_weight * target.sum(dim=0)
         if task.label_smoothing:
             losses -= other_weight * total.sum(dim=0)
         row_weight = None if task.row_weight is None else task.row_weight[rows].to(self.dtype)
@@ -175,7 +181,7 @@ class _State:
         if not task.with_gradients:
             return
         grad = chunk.logits
-        cross_entropy_grad_(grad, self.targets[rows], log_normaliser, self.valid, target_weight, other_weight)
+        cross_entropy_grad_(grad, self.targets[rows], lse, self.valid, target_weight, other_weight)
         if row_weight is not None:
             grad *= row_weight[:, None].to(grad.dtype)
         torch.mm(grad, self.weight, out=self.grad_hidden[rows])
@@ -190,6 +196,6 @@ def _add_product(total: Tensor, grad: Tensor, rows: Tensor) -> None:
     elif total.is_cuda:
         torch.addmm(total, grad.t(), rows, out_dtype=total.dtype, out=total)
     else:
-        # No mixed-precision product on CPU: each chunk's part is rounded once, and made in pieces that stay in the cache.
+        # CPUs have no mixed-precision product: each part is rounded once, and computed in pieces that stay in the cache.
         for columns in range(0, len(total), piece := max(CACHED_ELEMENTS // total.shape[1], 1)):
             total[columns : columns + piece] += grad[:, columns : columns + piece].t().contiguous() @ rows

@@ -1,8 +1,18 @@
 """Two-token pair loss (paper, Eq. 6-8) with the final norm, as one differentiable operator.
 
-The loss depends on one number a sample, the margin D = Z_A - Z_B = norm(x) . (w_A - w_B), so one dot product with
-`direction` = norm weight * (w_A - w_B) makes it, and the gradient of `direction` (one vector) holds those of both rows of
-the output weight and of the norm weight.
+The loss depends on one number per sample, the margin D = Z_A - Z_B = norm(x) . (w_A - w_B).  It is one dot product with
+`direction` = norm weight * (w_A - w_B), and the gradient of this vector determines the gradients of both rows of the output
+weight and of the norm weight.
+
+An implementation (dispatch.py) fills the outputs behind the semicolon:
+
+    pair_loss_forward(hidden, rows, direction, preference, label_smoothing, norm_eps; loss, margin, rstd, dloss_dmargin)
+    pair_loss_backward(hidden, rows, direction, margin, rstd, grad_margin, has_norm; grad_rows, grad_direction)
+
+hidden is [tokens, hidden] with column stride 1; everything else is contiguous: direction and grad_direction [hidden], rows
+int64 [labels] or None, grad_rows [labels, hidden] in hidden's dtype, all others [labels] in direction's dtype.  There is at
+least one label.  norm_eps < 0 stands for no norm.  rstd is 1 / sqrt(mean of x^2 + norm_eps), 1 without a norm, and 0 where
+rows is -1; dloss_dmargin is d loss / d margin.
 """
 
 from __future__ import annotations
@@ -12,7 +22,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from gram_engine.kernels.dispatch import implementation
+from gram_engine.kernels.dispatch import contiguous_rows, implementation
 
 
 def pair_loss(
@@ -23,21 +33,22 @@ def pair_loss(
     norm_eps: float | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softplus(-v) + eps v with v = +-D, the sign that of the preferred label; differentiable in hidden and direction.
+    """softplus(-v) + eps v, where v is D if A is preferred and -D if B is; differentiable in hidden and direction.
 
     Args:
-        hidden: [tokens, hidden] fp32, bf16, fp16 or float64; before the final RMSNorm where norm_eps is given.
+        hidden: [tokens, hidden] fp32, bf16, fp16 or float64; the input of the final RMSNorm if norm_eps is given, its output
+            otherwise.
         direction: [hidden] fp32 (float64 for float64 hidden).
         preference: [labels], probability that A is the better response: 1, 0, or between (1/2: a tie); eps moves with it.
         label_smoothing: eps of the paper, weight of the wrong label, in [0, 1/2).
-        norm_eps: epsilon of the RMSNorm to apply to the rows; None: none.
-        rows: [labels] int64, each label's row of `hidden`, -1 for none (its loss and margin are 0); None: all rows.
+        norm_eps: epsilon of the RMSNorm to apply to the rows; None: no norm.
+        rows: [labels] int64, each label's row of `hidden`, or -1 for padding (its loss and margin are 0); None: all rows.
 
     Returns:
         (loss, margin), each [labels] in direction's dtype.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ValueError: the shapes or dtypes do not fit.
     """
     _check(hidden, direction, preference, label_smoothing, rows)
     return torch.ops.gram_engine.pair_loss(hidden, rows, direction, preference, label_smoothing, norm_eps)[:2]
@@ -68,14 +79,22 @@ def _forward(
     label_smoothing: float,
     norm_eps: Optional[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = implementation("pair_loss_forward", hidden.device)
-    preference = preference.to(direction.dtype)
-    return run(hidden, rows, direction, preference, label_smoothing, norm_eps)
+    outputs = _empty_outputs(direction, preference)
+    if len(preference):
+        rows, direction, preference = _contiguous(rows, direction, preference.to(direction.dtype))
+        eps = -1.0 if norm_eps is None else norm_eps
+        run = implementation("pair_loss_forward", hidden.device)
+        run(contiguous_rows(hidden), rows, direction, preference, label_smoothing, eps, *outputs)
+    return outputs
 
 
 @_forward.register_fake
 def _(hidden, rows, direction, preference, label_smoothing, norm_eps):
-    return tuple(direction.new_empty(preference.shape) for _ in range(4))
+    return _empty_outputs(direction, preference)
+
+
+def _empty_outputs(direction: Tensor, preference: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(direction.new_empty(len(preference)) for _ in range(4))
 
 
 @torch.library.custom_op("gram_engine::pair_loss_backward", mutates_args=())
@@ -88,26 +107,40 @@ def _backward(
     grad_margin: Tensor,
     norm_eps: Optional[float],
 ) -> tuple[Tensor, Tensor]:
-    run = implementation("pair_loss_backward", hidden.device)
-    return run(hidden, rows, direction, margin, rstd, grad_margin, norm_eps)
+    gradients = _empty_gradients(hidden, direction, margin)
+    if len(margin):
+        inputs = _contiguous(rows, direction, margin, rstd, grad_margin)
+        run = implementation("pair_loss_backward", hidden.device)
+        run(contiguous_rows(hidden), *inputs, norm_eps is not None, *gradients)
+    else:
+        gradients[1].zero_()
+    return gradients
 
 
 @_backward.register_fake
 def _(hidden, rows, direction, margin, rstd, grad_margin, norm_eps):
-    return hidden.new_empty((len(margin), hidden.shape[1])), torch.empty_like(direction)
+    return _empty_gradients(hidden, direction, margin)
+
+
+def _empty_gradients(hidden: Tensor, direction: Tensor, margin: Tensor) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(len(margin), hidden.shape[1]), direction.new_empty(direction.shape)
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def _save(ctx, inputs, output) -> None:
     hidden, rows, direction, _, _, norm_eps = inputs
-    _, margin, rstd, slope = output
-    ctx.save_for_backward(hidden, rows, direction, margin, rstd, slope)
-    ctx.mark_non_differentiable(rstd, slope)
+    _, margin, rstd, dloss_dmargin = output
+    ctx.save_for_backward(hidden, rows, direction, margin, rstd, dloss_dmargin)
+    ctx.mark_non_differentiable(rstd, dloss_dmargin)
     ctx.norm_eps = norm_eps
 
 
-def _gradients(ctx, grad_loss, grad_margin, _grad_rstd, _grad_slope):
-    hidden, rows, direction, margin, rstd, slope = ctx.saved_tensors
-    total = grad_loss * slope + grad_margin
+def _gradients(ctx, grad_loss, grad_margin, _grad_rstd, _grad_dloss_dmargin):
+    hidden, rows, direction, margin, rstd, dloss_dmargin = ctx.saved_tensors
+    total = grad_loss * dloss_dmargin + grad_margin
     grad_rows, grad_direction = torch.ops.gram_engine.pair_loss_backward(
         hidden, rows, direction, margin, rstd, total, ctx.norm_eps
     )

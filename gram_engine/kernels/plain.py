@@ -1,19 +1,23 @@
-"""The losses in plain PyTorch and autograd (--no-fused-losses): nothing shared with the kernels, to compare them with."""
+"""The losses in plain PyTorch and autograd (--no-fused-losses).  Nothing is shared with the kernels, which are tested against
+them.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def two_token_loss(hidden: Tensor, row_a: Tensor, row_b: Tensor, target_b: Tensor) -> tuple[Tensor, Tensor]:
     """Label-smoothed loss over the two label tokens (paper, Eq. 6-8), at the label row of each sample.
 
-    With margin D = Z_A - Z_B = hidden . (row_a - row_b) the loss is softplus(-D) + target_b * D: cross entropy of the
-    two-token softmax with probability 1 - target_b on A.  target_b = eps gives Eq. 7 (A preferred), 1 - eps Eq. 8
-    (B preferred), 1/2 a tie.
+    With the margin D = Z_A - Z_B = hidden . (row_a - row_b) the loss is softplus(-D) + target_b * D: the cross entropy of the
+    two-token softmax with probability 1 - target_b on A.  target_b = eps gives Eq. 7 (A preferred), 1 - eps gives Eq. 8
+    (B preferred), 1/2 is a tie.
 
     Args:
         hidden: [samples, hidden], rows after the final norm.
@@ -39,7 +43,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """-log softmax(hidden @ weight^T)[target] for each row, over the first `vocab_size` rows of the whole weight.
 
-    Only `chunk_size` rows of logits exist at a time; the backward pass makes each chunk's logits again.
+    Only `chunk_size` rows of logits exist at a time; the backward pass recomputes the logits of each chunk.
 
     Args:
         hidden: [rows, hidden], the same on every process of `group`.
@@ -53,64 +57,29 @@ def linear_cross_entropy(
         [rows] fp32 (float64 for float64 input).  The gradient of `hidden` holds this process's part only: the caller
         sums it over the group (copy_to_tensor_model_parallel_region).
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, chunk_size or 1024, group)
+    first = 0 if group is None else dist.get_rank(group) * len(weight)
+    # The gradients that the chunks give to the weight are added in fp32, and rounded to the weight's dtype once.
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    chunks = (part.split(chunk_size or 1024) for part in (hidden, targets - first))
+    losses = [
+        checkpoint(_losses, *chunk, weight, vocab_size - first, group, use_reentrant=False, preserve_rng_state=False)
+        for chunk in zip(*chunks)
+    ]
+    return torch.cat(losses)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, vocab_size, chunk_size, group):
-        rank = dist.get_rank(group) if group is not None else 0
-        first = rank * weight.shape[0]
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        log_normaliser = torch.empty(hidden.shape[0], dtype=dtype, device=hidden.device)
-        target_logit = torch.empty_like(log_normaliser)
-        for rows in _chunks(hidden.shape[0], chunk_size):
-            logits = _local_logits(hidden[rows], weight, vocab_size - first, dtype)
-            top = logits.amax(dim=-1)
-            _all_reduce(top, group, dist.ReduceOp.MAX)
-            index, owned = _local_index(targets[rows], first, weight.shape[0])
-            picked = logits.gather(1, index[:, None])[:, 0].masked_fill(~owned, 0.0)
-            sums = torch.stack([logits.sub_(top[:, None]).exp_().sum(dim=-1), picked])
-            _all_reduce(sums, group, dist.ReduceOp.SUM)
-            log_normaliser[rows] = sums[0].log() + top
-            target_logit[rows] = sums[1]
-        ctx.save_for_backward(hidden, weight, targets, log_normaliser)
-        ctx.first, ctx.valid, ctx.chunk_size = first, vocab_size - first, chunk_size
-        return log_normaliser - target_logit
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        hidden, weight, targets, log_normaliser = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=log_normaliser.dtype)
-        for rows in _chunks(hidden.shape[0], ctx.chunk_size):
-            logits = _local_logits(hidden[rows], weight, ctx.valid, log_normaliser.dtype)
-            grad = logits.sub_(log_normaliser[rows, None]).exp_()
-            index, owned = _local_index(targets[rows], ctx.first, weight.shape[0])
-            grad.scatter_add_(1, index[:, None], -owned.to(grad.dtype)[:, None])
-            grad *= grad_loss[rows, None]
-            grad_hidden[rows] = grad.to(weight.dtype) @ weight
-            grad_weight += (grad.to(hidden.dtype).t() @ hidden[rows]).to(grad_weight.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
-
-
-def _chunks(rows: int, size: int):
-    return (slice(start, start + size) for start in range(0, rows, size))
-
-
-def _local_logits(hidden: Tensor, weight: Tensor, valid: int, dtype: torch.dtype) -> Tensor:
-    logits = (hidden @ weight.t()).to(dtype)
-    if valid < weight.shape[0]:
+def _losses(hidden: Tensor, targets: Tensor, weight: Tensor, valid: int, group: dist.ProcessGroup | None) -> Tensor:
+    """Losses [rows]; `targets` and `valid` are relative to this process's first row of the weight."""
+    logits = (hidden @ weight.to(hidden.dtype).t()).to(weight.dtype)
+    if valid < len(weight):
         logits[:, max(valid, 0) :] = float("-inf")
-    return logits
-
-
-def _local_index(targets: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
-    local = targets - first
-    owned = (local >= 0) & (local < size)
-    return local.clamp(0, size - 1), owned
-
-
-def _all_reduce(tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp) -> None:
-    if group is not None and dist.get_world_size(group) > 1:
-        dist.all_reduce(tensor, op=op, group=group)
+    top = logits.detach().amax(dim=1)
+    if group is not None:
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+    exponentials = (logits - top[:, None]).exp_().sum(dim=1)
+    owned = (targets >= 0) & (targets < len(weight))
+    target_logits = logits.gather(1, targets.clamp(0, len(weight) - 1)[:, None])[:, 0].masked_fill(~owned, 0.0)
+    sums = torch.stack([exponentials, target_logits])
+    if group is not None:
+        sums = reduce_from_tensor_model_parallel_region(sums, group=group)
+    return sums[0].log() + top - sums[1]

@@ -1,9 +1,9 @@
-"""The kernels in Triton, for GPUs without a built CUDA library; signatures as in reference.py.
+"""The kernels in Triton, for GPUs without a built CUDA library; arguments as in reference.py.
 
-Every load is converted to the type computed in at once (Triton's interpreter gets bf16 arithmetic wrong), sums run in a
-fixed order, and block sizes are fixed: the same result in every run.  Real numbers are constexpr, since as parameters they
-would be fp32 also in float64 kernels; they are a run's settings, so each makes few kernels.  With TRITON_INTERPRET=1 the
-kernels run on CPU tensors.
+Loaded values are converted to the compute dtype immediately, because Triton's interpreter gets bf16 arithmetic wrong.  Sums
+run in a fixed order and block sizes are fixed, so that the result is the same in every run.  Real numbers are constexpr,
+because as parameters they would be fp32 in float64 kernels as well; they are settings of the run, so only a few kernels are
+compiled.  With TRITON_INTERPRET=1 the kernels run on CPU tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OPTIONS = {} if os.environ.get("TRITON_INTERPRET") == "1" else {"enable_fp_fusio
 
 @triton.jit
 def _log1p(e):
-    """log(1 + e) for e in [0, 1], accurate also for tiny e (Kahan): no libdevice, which the interpreter lacks."""
+    """log(1 + e) for e in [0, 1], accurate for tiny e (Kahan); libdevice's log1p is missing in the interpreter."""
     w = 1.0 + e
     correction = tl.where(w == 1.0, 1.0, w - 1.0)
     return tl.where(w == 1.0, e, tl.log(w) * (e / correction))
@@ -33,11 +33,11 @@ def _log1p(e):
 
 @triton.jit
 def forward_kernel(
-    hidden, stride, rows, direction, preference, losses, margins, rstds, slopes, size,
+    hidden, stride, rows, direction, preference, losses, margins, rstds, dloss_dmargins, size,
     label_smoothing: tl.constexpr, norm_eps: tl.constexpr,
     has_rows: tl.constexpr, has_norm: tl.constexpr, dtype: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """One program a label."""
+    """One program per label."""
     label = tl.program_id(0).to(tl.int64)
     row = label
     if has_rows:
@@ -68,7 +68,7 @@ def forward_kernel(
     tl.store(losses + label, tl.where(here, loss, 0.0))
     tl.store(margins + label, margin)
     tl.store(rstds + label, rstd)
-    tl.store(slopes + label, tl.where(here, sign * (eps - other), 0.0))
+    tl.store(dloss_dmargins + label, tl.where(here, sign * (eps - other), 0.0))
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def backward_rows_kernel(
     hidden, stride, rows, direction, margin, rstd, grad_margin, grad_rows, size,
     has_rows: tl.constexpr, has_norm: tl.constexpr, dtype: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """One program a label: the gradient of its row."""
+    """One program per label: the gradient of its row."""
     label = tl.program_id(0).to(tl.int64)
     row = label
     if has_rows:
@@ -100,7 +100,7 @@ def backward_direction_kernel(
     hidden, stride, rows, rstd, grad_margin, grad_direction, labels, size,
     has_rows: tl.constexpr, dtype: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of columns: the gradient of direction, label after label."""
+    """One program per block of columns: the gradient of direction, summed label by label."""
     column = tl.program_id(0) * block + tl.arange(0, block)
     mask = column < size
     total = tl.zeros((block,), dtype)
@@ -117,7 +117,7 @@ def backward_direction_kernel(
 
 @triton.jit
 def stats_kernel(logits, stride, targets, results, valid, dtype: tl.constexpr, block: tl.constexpr):
-    """One program a row: largest, sum of exponentials (online, lane by lane), the target's logit, sum."""
+    """One program per row: largest logit, sum of exponentials (online, per lane), the target's logit, sum."""
     row = tl.program_id(0).to(tl.int64)
     largest = tl.full((block,), float("-inf"), dtype)
     exponentials = tl.zeros((block,), dtype)
@@ -146,103 +146,61 @@ def stats_kernel(logits, stride, targets, results, valid, dtype: tl.constexpr, b
 
 @triton.jit
 def gradient_kernel(
-    logits, stride, targets, log_normaliser, columns, valid,
+    logits, stride, targets, lse, columns, valid,
     target_weight: tl.constexpr, other_weight: tl.constexpr, dtype: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of a row: logits become their gradient."""
+    """One program per block of a row: replaces the logits by their gradient."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     at = logits + row * stride + column
     z = tl.load(at, mask=column < valid, other=0.0).to(dtype)
-    grad = tl.exp(z - tl.load(log_normaliser + row)) - other_weight
+    grad = tl.exp(z - tl.load(lse + row)) - other_weight
     grad = tl.where(column == tl.load(targets + row), grad - target_weight, grad)
     tl.store(at, tl.where(column < valid, grad, 0.0), mask=column < columns)
 
 
-def pair_loss_forward(
-    hidden: Tensor,
-    rows: Tensor | None,
-    direction: Tensor,
-    preference: Tensor,
-    label_smoothing: float,
-    norm_eps: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, margin, rstd, slope), each [labels]."""
-    labels, size = len(preference), hidden.shape[1]
-    results = tuple(torch.empty_like(preference) for _ in range(4))
-    if labels:
-        hidden, rows, direction, preference = _dense(hidden, rows, direction, preference)
-        with _on_device(hidden):
-            forward_kernel[(labels,)](
-                hidden, hidden.stride(0), rows, direction, preference, *results, size, label_smoothing, norm_eps or 0.0,
-                has_rows=rows is not None, has_norm=norm_eps is not None, dtype=_dtype(direction),
-                block=_block(size), **OPTIONS,
-            )  # fmt: skip
-    return results
+def pair_loss_forward(hidden, rows, direction, preference, label_smoothing, norm_eps, *outputs) -> None:
+    size = hidden.shape[1]
+    with _on_device(hidden):
+        forward_kernel[(len(preference),)](
+            hidden, hidden.stride(0), rows, direction, preference, *outputs, size, label_smoothing, norm_eps,
+            has_rows=rows is not None, has_norm=norm_eps >= 0, dtype=_dtype(direction), block=_block(size), **OPTIONS,
+        )  # fmt: skip
 
 
-def pair_loss_backward(
-    hidden: Tensor,
-    rows: Tensor | None,
-    direction: Tensor,
-    margin: Tensor,
-    rstd: Tensor,
-    grad_margin: Tensor,
-    norm_eps: float | None,
-) -> tuple[Tensor, Tensor]:
-    """(gradient of the label rows [labels, hidden], gradient of `direction` [hidden])."""
-    labels, size = len(margin), hidden.shape[1]
-    grad_rows, grad_direction = hidden.new_empty(labels, size), torch.zeros_like(direction)
-    if labels:
-        hidden, rows, direction, margin, rstd, grad_margin = _dense(hidden, rows, direction, margin, rstd, grad_margin)
-        fixed = dict(has_rows=rows is not None, dtype=_dtype(direction), block=_block(size), **OPTIONS)
-        with _on_device(hidden):
-            backward_rows_kernel[(labels,)](
-                hidden, hidden.stride(0), rows, direction, margin, rstd, grad_margin, grad_rows, size,
-                has_norm=norm_eps is not None, **fixed,
-            )  # fmt: skip
-            backward_direction_kernel[(triton.cdiv(size, _block(size)),)](
-                hidden, hidden.stride(0), rows, rstd, grad_margin, grad_direction, labels, size, **fixed
-            )
-    return grad_rows, grad_direction
+def pair_loss_backward(hidden, rows, direction, margin, rstd, grad_margin, has_norm, grad_rows, grad_direction) -> None:
+    labels, size = grad_rows.shape
+    fixed = dict(has_rows=rows is not None, dtype=_dtype(direction), block=_block(size), **OPTIONS)
+    with _on_device(hidden):
+        backward_rows_kernel[(labels,)](
+            hidden, hidden.stride(0), rows, direction, margin, rstd, grad_margin, grad_rows, size, has_norm=has_norm, **fixed
+        )
+        backward_direction_kernel[(triton.cdiv(size, _block(size)),)](
+            hidden, hidden.stride(0), rows, rstd, grad_margin, grad_direction, labels, size, **fixed
+        )
 
 
-def cross_entropy_stats(logits: Tensor, targets: Tensor, valid: int) -> Tensor:
-    """[rows, 4]: largest logit, sum of exp(logit - largest), the target's logit, sum of logits."""
-    out = logits.new_empty(len(logits), 4, dtype=torch.promote_types(logits.dtype, torch.float32))
-    if len(logits):
-        logits, targets = _dense(logits, targets)
-        with _on_device(logits):
-            stats_kernel[(len(logits),)](
-                logits, logits.stride(0), targets, out, max(valid, 0), dtype=_dtype(out), block=VOCABULARY, **OPTIONS
-            )
-    return out
+def cross_entropy_stats(logits, targets, valid, stats) -> None:
+    with _on_device(logits):
+        stats_kernel[(len(logits),)](
+            logits, logits.stride(0), targets, stats, valid, dtype=_dtype(stats), block=VOCABULARY, **OPTIONS
+        )
 
 
-def cross_entropy_grad_(
-    logits: Tensor, targets: Tensor, log_normaliser: Tensor, valid: int, target_weight: float, other_weight: float
-) -> None:
-    """logits <- their gradient, in place; columns must lie next to each other."""
-    assert logits.stride(1) == 1, "in place, so no copy can be made"
+def cross_entropy_grad_(logits, targets, lse, valid, target_weight, other_weight) -> None:
     rows, columns = logits.shape
-    if rows:
-        with _on_device(logits):
-            gradient_kernel[(rows, triton.cdiv(columns, VOCABULARY))](
-                logits, logits.stride(0), targets.contiguous(), log_normaliser.contiguous(), columns, max(valid, 0),
-                target_weight, other_weight, dtype=_dtype(log_normaliser), block=VOCABULARY, **OPTIONS,
-            )  # fmt: skip
-
-
-def _dense(matrix: Tensor, *vectors: Tensor | None) -> list[Tensor | None]:
-    matrix = matrix if matrix.stride(1) == 1 else matrix.contiguous()
-    return [matrix, *(None if vector is None else vector.contiguous() for vector in vectors)]
+    with _on_device(logits):
+        gradient_kernel[(rows, triton.cdiv(columns, VOCABULARY))](
+            logits, logits.stride(0), targets, lse, columns, valid, target_weight, other_weight,
+            dtype=_dtype(lse), block=VOCABULARY, **OPTIONS,
+        )  # fmt: skip
 
 
 def _on_device(tensor: Tensor) -> torch.cuda.device:
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
 
 
-def _dtype(tensor: Tensor):
+def _dtype(tensor: Tensor) -> tl.dtype:
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 

@@ -1,4 +1,4 @@
-"""The attention modules of a layer: rotary position embedding, then attention within each sequence of a pack."""
+"""Attention modules of a layer: rotary position embedding, then causal attention within each sequence of a pack."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from gram_engine.model.rotary import rotate
 
 @dataclass
 class PackSequences(PackedSeqParams):
-    """A pack's sequences as attention needs them, and where label rows lie.
+    """PackedSeqParams with what the attention modules and the pruned last layer need.
 
-    cos, sin: [tokens, 1, dim / 2] of this process's tokens (model/rotary.py); RewardModel sets them.
-    attention: every token's keys; label_attention: those of the label rows, which are its queries.  With context parallelism
-    both name rows of what all processes hold (data/context_parallel.py).
-    label_rows: int64 [labels], places among this process's tokens.
+    Attributes:
+        cos, sin: [tokens, 1, dim / 2] in the model's dtype, for this process's tokens (model/rotary.py); set by RewardModel.
+        attention: bounds for all tokens as queries.
+        label_attention: bounds for the label rows as queries.  With context parallelism the key rows of both refer to the
+            gathered tokens of all context-parallel processes (data/context_parallel.py).
+        label_rows: int64 [labels], indices of the label rows among this process's tokens.
     """
 
     cos: Tensor | None = None
@@ -36,15 +38,15 @@ class PackSequences(PackedSeqParams):
 
 @jit.jit_fuser
 def rotate_heads(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate`, compiled into one kernel on a GPU."""
+    """`rotate`, compiled to one kernel on a GPU."""
     return rotate(heads, cos, sin)
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention within each sequence of a pack, for layers without Transformer Engine.
+    """Core attention of layers without Transformer Engine: causal within each sequence of a pack.
 
-    query [tokens, heads, dim], key and value [tokens, groups, dim] (thd), not yet rotated -> [tokens, heads * dim], dtype of
-    the query.
+    Its inputs are query [tokens, heads, dim], key and value [tokens, groups, dim] (layout thd), before the rotary position
+    embedding; its output is [tokens, heads * dim] in the dtype of the query.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, pg_collection: ProcessGroupCollection, **_):
@@ -61,7 +63,7 @@ class PackedAttention(MegatronModule):
 
 
 def transformer_engine_attention() -> type:
-    """Transformer Engine's attention behind our rotary position embedding; arguments as of PackedAttention."""
+    """A class: Transformer Engine's attention, preceded by our rotary position embedding; inputs as for PackedAttention."""
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
     class RotaryTEDotProductAttention(TEDotProductAttention):
@@ -73,8 +75,8 @@ def transformer_engine_attention() -> type:
 
 
 def gather_keys(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The rows that all context-parallel processes hold, by process: [tokens / size, ...] -> [tokens, ...].
+    """All-gather keys or values over the context-parallel group: [tokens / size, ...] -> [tokens, ...], in rank order.
 
-    The backward pass sums the gradients of all processes and hands each one those of its own rows.
+    The backward pass is a reduce-scatter: the gradients are summed, and each process gets those of its own rows.
     """
     return part if dist.get_world_size(group) == 1 else gather_from_sequence_parallel_region(part, group=group)

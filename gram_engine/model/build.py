@@ -24,7 +24,7 @@ from gram_engine.errors import ConfigError
 from gram_engine.model.attention import transformer_engine_attention
 from gram_engine.model.label_rows import DeferredRMSNorm, label_row_layer_spec
 from gram_engine.model.layers import RMSNorm, local_layer_spec
-from gram_engine.model.lora import adapted_layer_spec, freeze_base, initial_adapter, is_adapter, let_gradients_in
+from gram_engine.model.lora import adapted_layer_spec, enable_input_grads, freeze_base, initial_adapter, is_adapter
 from gram_engine.model.reward_model import RewardModel
 from gram_engine.model.rotary import inverse_frequencies
 from gram_engine.model.scalar_head import SCALAR_HEAD
@@ -160,7 +160,7 @@ def build_model(config: Config, platform: Platform) -> list[RewardModel]:
         if config.model.lora_rank is not None:
             freeze_base(chunk)
             if chunk.pre_process and core.recompute_granularity is not None:
-                let_gradients_in(chunk)
+                enable_input_grads(chunk)
         chunks.append(chunk.to(platform.device))
     return chunks
 

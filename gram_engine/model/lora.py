@@ -161,7 +161,7 @@ def freeze_base(chunk: MegatronModule) -> None:
         parameter.requires_grad_(is_adapter(name))
 
 
-def let_gradients_in(chunk: MegatronModule) -> None:
+def enable_input_grads(chunk: MegatronModule) -> None:
     """For recomputation: megatron-core's checkpoint has a backward pass only where its input needs a gradient.
 
     A frozen embedding's output needs none, and the first layers' adapters would get none.
