@@ -1,4 +1,4 @@
-"""From the configuration to model chunks: TransformerConfig, layer specification, RewardModel, initial weights."""
+"""Builds the model chunks from the configuration: TransformerConfig, layer specification, RewardModel, initial weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def transformer_config(config: Config, platform: Platform) -> TransformerConfig:
     """megatron-core's configuration of the layers.
 
     Raises:
-        ConfigError: a --transformer-config entry is no field of TransformerConfig, or a value megatron-core refuses.
+        ConfigError: a --transformer-config entry is not a field of TransformerConfig, or megatron-core refuses a value.
     """
     model, parallel, training = config.model, config.parallel, config.training
     dtype = torch.bfloat16 if training.bf16 else torch.float32
@@ -55,9 +55,9 @@ def transformer_config(config: Config, platform: Platform) -> TransformerConfig:
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method=_leave_to_initialise_weights,
-        output_layer_init_method=_leave_to_initialise_weights,
-        embedding_init_method=_leave_to_initialise_weights,
+        init_method=_keep_values,
+        output_layer_init_method=_keep_values,
+        embedding_init_method=_keep_values,
         use_cpu_initialization=not platform.is_cuda,
         bf16=training.bf16,
         params_dtype=dtype,
@@ -69,15 +69,15 @@ def transformer_config(config: Config, platform: Platform) -> TransformerConfig:
         num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
-        # Interleaved stages: neighbours are the same process at PP 2, so batched messages could be mixed up.
+        # With interleaved stages at PP 2 both neighbours are the same process, so batched messages could be mixed up.
         overlap_p2p_comm=config.virtual_pipeline_size is not None,
         batch_p2p_comm=config.virtual_pipeline_size is None,
-        batch_p2p_sync=False,  # waiting for the whole device after each message was a remedy for an older torch
+        batch_p2p_sync=False,  # it synchronises the device after each message, which only older releases of torch need
         calculate_per_token_loss=True,
         **_recompute_fields(config),
         **fp8_fields(config),
-        apply_rope_fusion=False,  # attention rotates queries and keys itself (model/attention.py)
-        bias_activation_fusion=platform.is_cuda,  # SwiGLU, and adding to the residual, compiled into one kernel each
+        apply_rope_fusion=False,  # the attention modules rotate queries and keys (model/attention.py)
+        bias_activation_fusion=platform.is_cuda,  # SwiGLU, and adding the residual, as one compiled kernel each
         bias_dropout_fusion=platform.is_cuda,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=platform.is_cuda and _installed("fused_weight_gradient_mlp_cuda"),  # apex
@@ -104,8 +104,8 @@ def _recompute_fields(config: Config) -> dict:
     return dict(recompute_granularity=training.recompute_granularity, **how)
 
 
-def _leave_to_initialise_weights(weight: torch.Tensor) -> torch.Tensor:
-    """megatron-core's initialisation must run (it marks the shards), but the values are set by `initialise_weights`."""
+def _keep_values(weight: torch.Tensor) -> torch.Tensor:
+    """megatron-core's initialisation must run, because it marks the shards; `initialise_weights` sets the values later."""
     return weight
 
 
@@ -121,9 +121,9 @@ def _native_fields(pairs: tuple[str, ...]) -> dict:
 
 
 def build_model(config: Config, platform: Platform) -> list[RewardModel]:
-    """This process's model chunks (one, or one per virtual stage) with initial weights, before DDP.
+    """This process's model chunks (one, or one per virtual pipeline stage) with initial weights, before DDP.
 
-    The weights depend on the seed alone, not on the layout: the same run at another TP or PP starts from the same model.
+    The initial weights depend on the seed alone: a run with another TP or PP size starts from the same model.
     """
     core = transformer_config(config, platform)
     layer_spec, norm = _layers_and_norm(config, platform)
@@ -137,7 +137,7 @@ def build_model(config: Config, platform: Platform) -> list[RewardModel]:
         specs = [layer_spec] * get_num_layers_to_build(core, vp_stage=vp_stage)
         if is_last and config.prunes_last_layer:
             specs[-1] = label_row_layer_spec(layer_spec, partial(without_fp8, config))
-        # Transformer Engine would keep a high-precision copy of FP8 weights as they are before initialise_weights.
+        # With gradients, Transformer Engine would keep a high-precision copy of the FP8 weights from before initialise_weights.
         with torch.set_grad_enabled(not config.training.fp8_param_gather):
             chunk = RewardModel(
                 config=core,
@@ -154,7 +154,7 @@ def build_model(config: Config, platform: Platform) -> list[RewardModel]:
                 vp_stage=vp_stage,
             )
         if is_last and config.prunes_last_layer:
-            # Label rows are whole on every tensor-parallel process, and so is the gradient of their norm.
+            # Label rows are replicated on the tensor-parallel processes, so the gradient of their norm is complete.
             chunk.decoder.final_layernorm.weight.sequence_parallel = False
         initialise_weights(chunk, config)
         if config.model.lora_rank is not None:
@@ -166,7 +166,7 @@ def build_model(config: Config, platform: Platform) -> list[RewardModel]:
 
 
 def _layers_and_norm(config: Config, platform: Platform) -> tuple[ModuleSpec, type]:
-    """Specification of a layer, and the final norm's class."""
+    """(specification of a layer, class of the final norm)."""
     if uses_transformer_engine(config, platform):
         from megatron.core.extensions.transformer_engine import TENorm as norm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec as layer_spec
@@ -182,15 +182,15 @@ def _layers_and_norm(config: Config, platform: Platform) -> tuple[ModuleSpec, ty
 
 @torch.no_grad()
 def initialise_weights(chunk: RewardModel, config: Config) -> None:
-    """Normal initialisation (norms: ones), each tensor drawn from a generator seeded by its name and layer.
+    """Initialise all weights; each tensor has a random generator of its own, seeded by its name and layer.
 
-    Output projections of attention and MLP are scaled by 1 / sqrt(2 layers), as in Megatron.  Rows of the vocabulary's
-    padding are zero.  Adapters: model/lora.py.  Weights that the run loads are NaN until then, since drawing a large model
-    on the CPU takes minutes.
+    Norms are 1, all others normal with standard deviation --init-method-std, scaled by 1 / sqrt(2 layers) for the output
+    projections of attention and MLP, as in Megatron.  Padding rows of the vocabulary are 0.  Adapters: `initial_adapter`.
+    Weights that the run will load are set to NaN instead, because drawing a large model on the CPU takes minutes.
     """
     std = config.model.init_method_std
     loaded = bool(config.model.load_hf or config.checkpoint.pretrained_checkpoint)
-    loaded = loaded and not config.training.fp8_param_gather  # NaN would stay in the scales of FP8 weights
+    loaded = loaded and not config.training.fp8_param_gather  # NaN would remain in the scales of FP8 weights
     for tensor in sharded_tensors(chunk):
         name, stacked = tensor.key, tensor.prepend_axis_num
         if loaded and not is_adapter(name) and name != SCALAR_HEAD:
@@ -215,7 +215,7 @@ def initialise_weights(chunk: RewardModel, config: Config) -> None:
 
 
 def sharded_tensors(chunk: RewardModel) -> Iterator[ShardedTensor]:
-    """The chunk's parameters with their place in the whole model; the gate and up halves of fc1 one by one."""
+    """The chunk's parameters with their offsets in the whole model; gate and up of linear_fc1 are two tensors."""
     for entry in nested_values(chunk.sharded_state_dict()):
         parts = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
         yield from (part for part in parts if isinstance(part, ShardedTensor) and part.data is not None)

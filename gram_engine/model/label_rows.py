@@ -1,8 +1,8 @@
-"""Stage 2 needs hidden states at the label rows only: the last layer computes just those, and the head norms them.
+"""The pruned last layer: stage 2 reads hidden states at the label rows only, so the last layer computes only those.
 
-In the last layer every position gives a key and a value, but only label rows ask: query, attention output, output
-projection, MLP and final norm are computed for label rows alone.  This is exact.  No earlier layer can be cut: its output
-at every position feeds the keys and values of the next.
+In the last layer every position contributes a key and a value, but only the label rows have a query: query projection,
+attention output, output projection, MLP and final norm are computed for the label rows alone.  This is exact.  No earlier
+layer can be pruned, because the next layer computes keys and values from its output at every position.
 """
 
 from __future__ import annotations
@@ -28,24 +28,25 @@ from gram_engine.model.lora import adapter_of
 
 
 class DeferredRMSNorm(RMSNorm):
-    """The final norm where the head applies it to the label rows itself (kernels/pair_loss.py): holds the weight only."""
+    """The final norm if the head applies it to the label rows (kernels/pair_loss.py): it only holds the weight [hidden]."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden
 
 
 class LabelRowLayer(TransformerLayer):
-    """A transformer layer that returns the label rows only: [tokens (/ TP), 1, hidden] -> [labels, 1, hidden].
+    """A transformer layer that returns the label rows only: [tokens, 1, hidden] -> [labels, 1, hidden], same dtype.
 
-    It holds the modules, and writes the checkpoint keys, of the layers beside it, local or Transformer Engine's; up to the
-    MLP it uses their weights alone.
+    Its input is [tokens / TP, 1, hidden] under sequence parallelism.  Its modules and checkpoint keys are those of the other
+    layers, local or Transformer Engine's; for attention it uses the weights of the modules without calling them.
 
-    The label rows are whole on every tensor-parallel process, also under sequence parallelism: the residual rows, each held
-    by one process, join the sum of the attention output's parts.  So everything after attention works without sequence
-    parallelism, and its norm's gradient is complete on every process.
+    The output is replicated on all tensor-parallel processes, under sequence parallelism as well: each residual row is added
+    by the process that holds it, in the all-reduce of the attention output.  Everything after attention therefore runs
+    without sequence parallelism, and the gradient of the norm before the MLP is complete on every process.
 
     Args:
-        without_fp8: context manager, `without_fp8(building=)`; its few rows do not fit FP8 matrix products.
+        without_fp8: function that returns a context manager, `without_fp8(building=)`; the few label rows do not have the
+            sizes that FP8 matrix products need.
     """
 
     def __init__(self, config, submodules, without_fp8: Callable[..., ContextManager], **kwargs):
@@ -60,7 +61,7 @@ class LabelRowLayer(TransformerLayer):
             adapter.set_sequence_parallel(self.sequence_parallel)
 
     def _norm_weight(self) -> Tensor:
-        """The input norm's weight; Transformer Engine keeps it in the projection that follows."""
+        """The input norm's weight; Transformer Engine's layer has it in the QKV projection."""
         fused = getattr(self.self_attention.linear_qkv, "layer_norm_weight", None)
         return self.input_layernorm.weight if fused is None else fused
 
@@ -83,7 +84,8 @@ class LabelRowLayer(TransformerLayer):
         attended = attended.flatten(1).unsqueeze(1)
         part = F.linear(attended, attention.linear_proj.weight)
         if self.sequence_parallel:
-            hidden = reduce_from_tensor_model_parallel_region(part + self._held(hidden_states, rows), group=self.tp_group)
+            part = part + self._residual_part(hidden_states, rows)
+            hidden = reduce_from_tensor_model_parallel_region(part, group=self.tp_group)
         else:
             hidden = reduce_from_tensor_model_parallel_region(part, group=self.tp_group) + hidden_states[rows]
         if adapter := adapter_of(attention.linear_proj):
@@ -92,15 +94,15 @@ class LabelRowLayer(TransformerLayer):
             return self._mlp(hidden), None
 
     def _mlp(self, hidden: Tensor) -> Tensor:
-        """The MLP of the label rows; a process that has none computes a row of zeros, since fused kernels refuse no rows."""
+        """The MLP of the label rows; without label rows it gets one row of zeros, because fused kernels refuse empty inputs."""
         labels = len(hidden)
         return self._forward_mlp(hidden if labels else F.pad(hidden, (0, 0, 0, 0, 0, 1)))[:labels]
 
     def _query_key_value(self, normed: Tensor, update: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[tokens, 1, hidden] -> query [labels, heads, dim], key and value [tokens, groups, dim].
+        """normed [tokens, 1, hidden] -> query [labels, heads, dim], key and value [tokens, groups, dim].
 
-        Megatron stores the projections group by group: the group's queries, its key, its value.  `update` is what an
-        adapter adds to them, [tokens, 1, rows of the weight].
+        Megatron stores the rows of the weight group by group: the queries of the group, its key, its value.  `update`
+        [tokens, 1, rows of the weight] is added to the projections; it is the output of an adapter.
         """
         attention = self.self_attention
         groups, dim = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
@@ -116,13 +118,13 @@ class LabelRowLayer(TransformerLayer):
             query, key = attention.q_layernorm(query), attention.k_layernorm(key)
         return query, key, value
 
-    def _held(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
-        """The rows that this process holds, zeros for the others."""
+    def _residual_part(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
+        """[labels, 1, hidden]: the label rows in this process's slice of the sequence, zeros for the others."""
         local = rows - self.tp_group.rank() * len(hidden_states)
         owned = (local >= 0) & (local < len(hidden_states))
         return hidden_states[local.clamp(0, len(hidden_states) - 1)] * owned[:, None, None].to(hidden_states.dtype)
 
 
 def label_row_layer_spec(layer_spec: ModuleSpec, without_fp8: Callable[..., ContextManager]) -> ModuleSpec:
-    """The layer as a LabelRowLayer; checkpoint keys are those of any other layer."""
+    """The specification of a layer, with LabelRowLayer as its module."""
     return replace(layer_spec, module=LabelRowLayer, params={**layer_spec.params, "without_fp8": without_fp8})

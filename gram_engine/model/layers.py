@@ -1,6 +1,7 @@
-"""Layers for machines without Transformer Engine: megatron-core's local ones with our RMSNorm and packed attention.
+"""Layers for machines without Transformer Engine: megatron-core's local layers with our RMSNorm and packed attention.
 
-Its own refuse both sequence parallelism (WrappedTorchNorm) and packed sequences (DotProductAttention).
+megatron-core's own local norm (WrappedTorchNorm) does not support sequence parallelism, and its local attention
+(DotProductAttention) does not support packed sequences.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from gram_engine.model.attention import PackedAttention
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm. [..., hidden] -> same shape and dtype; statistics in fp32.
+    """Root-mean-square norm: [..., hidden] -> same shape and dtype, statistics in fp32.
 
-    The weight is marked `sequence_parallel`, so that megatron-core sums its gradient over the tensor-parallel processes,
-    each of which sees only its part of the sequence.
+    With sequence parallelism each tensor-parallel process sees only its slice of the sequence; the weight is then marked
+    `sequence_parallel`, so that megatron-core sums its gradient over these processes.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
@@ -33,14 +34,17 @@ class RMSNorm(torch.nn.Module):
 
 
 def wait_for_parameters(*modules: torch.nn.Module) -> None:
-    """For modules whose weights are used without a call: DDP's pre-hooks wait for parameters that are being gathered."""
+    """Run the forward pre-hooks of modules whose weights are used without calling the module.
+
+    DDP's hooks wait for the all-gather of the parameters (--overlap-param-gather).
+    """
     for module in modules:
         for hook in module._forward_pre_hooks.values():
             hook(module, ())
 
 
 def local_layer_spec(qk_layernorm: bool = False) -> ModuleSpec:
-    """megatron-core's local layer with our norm and attention; checkpoint keys equal Transformer Engine's."""
+    """megatron-core's local layer with our norm and attention; the checkpoint keys are those of Transformer Engine's layer."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_layernorm)
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm

@@ -1,12 +1,12 @@
-"""LoRA (Hu et al., 2021): y = W x + alpha / rank * B A x beside frozen linear layers of attention and MLP.
+"""LoRA (Hu et al., 2021): y = W x + alpha / rank * B A x, with frozen W, for linear layers of attention and MLP.
 
-Built on megatron-core's own linear layers, local or Transformer Engine's.  peft's layer for Megatron (tuners/lora/tp_layer.py)
-was not taken: it has no sharded_state_dict, does not mark gradients that sequence parallelism leaves in parts, knows no
-Transformer Engine layers, and wraps the linear layer, which changes its checkpoint keys.
+It extends megatron-core's linear layers, local or Transformer Engine's.  peft's layer for Megatron (tuners/lora/tp_layer.py)
+is not used, because it has no sharded_state_dict, does not mark gradients that are partial under sequence parallelism, does
+not support Transformer Engine's layers, and wraps the linear layer, which changes its checkpoint keys.
 
-One adapter serves one of Megatron's linear layers, so linear_qkv's three projections share A, and so do linear_fc1's gate and
-up; peft has one of each for every projection.  Checkpoint keys are Megatron-Bridge's: `...linear_qkv.adapter.linear_in.weight`
-(A) and `linear_out.weight` (B).
+There is one adapter per linear layer of Megatron, so the three projections of linear_qkv share A, and so do gate and up of
+linear_fc1; peft has an A and a B for every projection.  The checkpoint keys are Megatron-Bridge's:
+`...linear_qkv.adapter.linear_in.weight` (A) and `...linear_qkv.adapter.linear_out.weight` (B).
 """
 
 from __future__ import annotations
@@ -42,14 +42,15 @@ LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_modules")
 
 
 class LowRankAdapter(torch.nn.Module):
-    """scale * B A of one linear layer: its input [tokens (/ TP), 1, in] -> what to add to its output, of that shape and dtype.
+    """scale * B A of one linear layer: maps its input [tokens (/ TP), 1, in] to a summand of its output, in the same dtype.
 
-    Beside a column-parallel layer A is whole on every tensor-parallel process and B has the layer's rows; beside a
-    row-parallel one A has the layer's columns and B is whole.  Processes exchange [tokens, 1, rank], never hidden rows.
+    For a column-parallel layer A is replicated on all tensor-parallel processes and B is sharded like the layer's rows; for a
+    row-parallel layer A is sharded like the layer's columns and B is replicated.  Communication is of [tokens, 1, rank], never
+    of hidden rows.
 
     Args:
         name: of the linear layer.
-        linear: the layer itself: shape, dtype and place of its weight [out (/ TP), in (/ TP)], its config.
+        linear: the layer; gives the shape [out (/ TP), in (/ TP)], dtype and device of its weight, and its config.
         scale: alpha / rank.
     """
 
@@ -66,25 +67,25 @@ class LowRankAdapter(torch.nn.Module):
         self.set_sequence_parallel(linear.config.sequence_parallel)
 
     def set_sequence_parallel(self, sequence_parallel: bool) -> None:
-        """Whether hidden rows are slices: then each process has a part of the whole matrix's gradient, and they are summed."""
+        """Say whether the hidden rows are slices; the gradients of the replicated matrix are partial then, and summed."""
         self.sequence_parallel = sequence_parallel
-        whole = self.linear_in if self.column_parallel else self.linear_out
-        whole.weight.sequence_parallel = sequence_parallel
+        replicated = self.linear_in if self.column_parallel else self.linear_out
+        replicated.weight.sequence_parallel = sequence_parallel
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.linear_out(self.scale * self._exchange(self.linear_in(hidden)))
+        return self.linear_out(self.scale * self._communicate(self.linear_in(hidden)))
 
-    def _exchange(self, low: Tensor) -> Tensor:
+    def _communicate(self, low: Tensor) -> Tensor:
         if self.column_parallel:
-            into = gather_from_sequence_parallel_region if self.sequence_parallel else copy_to_tensor_model_parallel_region
+            mapping = gather_from_sequence_parallel_region if self.sequence_parallel else copy_to_tensor_model_parallel_region
         elif self.sequence_parallel:
-            into = reduce_scatter_to_sequence_parallel_region
+            mapping = reduce_scatter_to_sequence_parallel_region
         else:
-            into = reduce_from_tensor_model_parallel_region
-        return into(low, group=self.group)
+            mapping = reduce_from_tensor_model_parallel_region
+        return mapping(low, group=self.group)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """A and B with their place in the whole model; B of linear_fc1 in two halves, gate and up, as its weight."""
+        """A and B with their offsets in the whole model; B of linear_fc1 is split into gate and up, as its weight is."""
         state = make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True),
             prefix,
@@ -100,7 +101,7 @@ class LowRankAdapter(torch.nn.Module):
 
 
 class AdaptedLinear:
-    """One of megatron-core's linear layers with a LowRankAdapter; `adapted` mixes it into the layer's class."""
+    """Mixin for a linear layer of megatron-core that adds a LowRankAdapter; `adapted` combines the classes."""
 
     adapter_options: dict
 
@@ -111,7 +112,7 @@ class AdaptedLinear:
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(hidden)
         norm = getattr(self, "layer_norm_weight", None)
-        if norm is not None:  # Transformer Engine's layer norms its input itself and does not hand it out
+        if norm is not None:  # Transformer Engine's fused layer does not return its normed input
             hidden = F.rms_norm(hidden, hidden.shape[-1:], norm, self.eps)
         return output + self.adapter(hidden), bias
 
@@ -123,13 +124,13 @@ class AdaptedLinear:
 
 @functools.cache
 def adapted(linear: type, name: str, rank: int, scale: float) -> type:
-    """megatron-core's class `linear` with an adapter, for the place `name` in a layer's specification."""
+    """The class `linear` of megatron-core with an adapter, for the submodule `name` of a layer's specification."""
     options = {"adapter_options": dict(name=name, rank=rank, scale=scale)}
     return type(f"Adapted{linear.__name__}", (AdaptedLinear, linear), options)
 
 
 def adapted_layer_spec(layer_spec: ModuleSpec, model: ModelConfig) -> ModuleSpec:
-    """A layer's specification with adapters at --lora-modules."""
+    """The specification of a layer, with adapters at --lora-modules."""
     layer_spec = copy.deepcopy(layer_spec)
     for part in (layer_spec.submodules.self_attention.submodules, mlp_submodules(layer_spec)):
         for name in set(model.lora_modules) & vars(part).keys():
@@ -148,7 +149,7 @@ def is_adapter(name: str) -> bool:
 
 
 def initial_adapter(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """First values of a whole A or B, as in peft: A Kaiming uniform with a = sqrt(5), so within 1 / sqrt(in); B zero."""
+    """Initial values of an unsharded A or B, as in peft: A is Kaiming uniform with a = sqrt(5), B is zero."""
     if name.endswith("linear_out.weight"):
         return torch.zeros(shape)
     bound = 1 / math.sqrt(shape[1])
@@ -156,21 +157,22 @@ def initial_adapter(name: str, shape: tuple[int, ...], generator: torch.Generato
 
 
 def freeze_base(chunk: MegatronModule) -> None:
-    """Train the adapters alone: what is frozen before DDP has no gradient buffer and no optimizer state."""
+    """Freeze all but the adapters.  Parameters frozen before DDP have neither a gradient buffer nor optimizer state."""
     for name, parameter in chunk.named_parameters():
         parameter.requires_grad_(is_adapter(name))
 
 
 def enable_input_grads(chunk: MegatronModule) -> None:
-    """For recomputation: megatron-core's checkpoint has a backward pass only where its input needs a gradient.
+    """For recomputation: make the embedding's output require a gradient.
 
-    A frozen embedding's output needs none, and the first layers' adapters would get none.
+    megatron-core's checkpoint function has a backward pass only if its input requires a gradient.  The output of a frozen
+    embedding does not, and the adapters of the first layers would get no gradient.
     """
     chunk.embedding.register_forward_hook(lambda _module, _args, hidden: hidden.requires_grad_())
 
 
 def check_adapters(saved: ModelConfig, model: ModelConfig, path: Path, resuming: bool) -> None:
-    """A checkpoint's adapters must be this run's; a new run may also begin with fresh ones on weights that have none.
+    """Check that the adapters in a checkpoint are this run's; a new run may also add adapters to weights without any.
 
     Raises:
         CheckpointError: names the first flag that differs, and the remedy.

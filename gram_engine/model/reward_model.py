@@ -1,4 +1,4 @@
-"""RewardModel: megatron-core's GPTModel whose last stage hands hidden rows to an objective instead of making logits."""
+"""RewardModel: megatron-core's GPTModel whose last stage passes hidden rows to an objective instead of computing logits."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ OutputProcessor = Callable[..., Any]
 class RewardModel(GPTModel):
     """GPTModel with an output hook.
 
-    `output_processor(hidden_states=, output_weight=, context=)` runs on the last pipeline stage with
-    hidden_states [tokens, 1, hidden] after the final norm (a [tokens / TP] slice under sequence parallelism) and this
-    tensor-parallel process's rows of the output weight [padded vocabulary / TP, hidden]; what it returns is what the
-    model returns.  Full [tokens, vocabulary] logits never exist.  Without a hook it behaves as GPTModel.
+    On the last pipeline stage the model returns the result of `output_processor(hidden_states=, output_weight=, context=)`:
 
-    Built for the two-token loss (model/build.py) the hidden states are the label rows [labels, 1, hidden], and not yet
-    normed; with `borrows_label_rows` the last stage has no output weight (None).
+        hidden_states: [tokens, 1, hidden] after the final norm ([tokens / TP, 1, hidden] under sequence parallelism).  If
+            the last layer is pruned (model/label_rows.py), [labels, 1, hidden] before the final norm.
+        output_weight: [padded vocabulary / TP, hidden], the rows of this tensor-parallel process, or None.
 
-    megatron-core 0.18 has this hook as arguments of GPTModel.forward with the same names.  Checkpoint keys are GPTModel's.
+    The full [tokens, vocabulary] logits never exist.  Without a hook it behaves as GPTModel.  megatron-core 0.18 has this
+    hook as arguments of GPTModel.forward with the same names.  The checkpoint keys are GPTModel's.
 
     Args:
-        inverse_frequencies: of the rotary position embedding, [dim / 2] fp32; attention applies it (model/attention.py).
-        vocabulary_head: whether the objective needs the output layer; without it the model has none, and passes None.
-        scalar_head: whether the last stage has a head of one number, `score` (model/scalar_head.py).
-        borrows_label_rows: tied embeddings on a pipeline, of which the objective needs the label tokens' rows only: it gets
-            them from the first stage (objectives/label_head.py), and the last stage keeps no copy of the embedding.
+        inverse_frequencies: of the rotary position embedding, [dim / 2] fp32; the attention modules apply it
+            (model/attention.py).
+        vocabulary_head: whether the objective needs the output layer; otherwise the model has none, and `output_weight` is
+            None.
+        scalar_head: whether the last stage has a scalar head, `score` (model/scalar_head.py).
+        borrows_label_rows: for tied embeddings and pipeline parallelism, if the objective needs only the label tokens' rows
+            of the output weight: it gets them from the first stage (objectives/label_head.py), the last stage has no copy of
+            the embedding, and `output_weight` is None.
     """
 
     _output_processor: Optional[OutputProcessor] = None
@@ -55,7 +57,7 @@ class RewardModel(GPTModel):
         self.owns_output_weight = vocabulary_head and not borrows_label_rows
         share = share_embeddings_and_output_weights and self.owns_output_weight
         super().__init__(*args, share_embeddings_and_output_weights=share, position_embedding_type="none", **kwargs)
-        # Not a buffer: Float16Module would round it.
+        # Not a buffer, because Float16Module would round it.
         self.inverse_frequencies = inverse_frequencies
         self.borrows_label_rows = borrows_label_rows
         if self.post_process and not self.owns_output_weight:
@@ -73,9 +75,11 @@ class RewardModel(GPTModel):
         output_processor_context: Any = None,
         **kwargs,
     ):
-        """GPTModel.forward with the hook. Middle stages return hidden states [tokens, 1, hidden] as usual.
+        """GPTModel.forward with the hook; the other pipeline stages return hidden states [tokens, 1, hidden].
 
-        input_ids, position_ids: int64 [1, tokens]; the positions are those of the tokens in their sequences.
+        Args:
+            input_ids: int64 [1, tokens].
+            position_ids: int64 [1, tokens], the position of each token in its sequence.
         """
         self._output_processor = output_processor
         self._output_processor_context = output_processor_context
@@ -87,12 +91,12 @@ class RewardModel(GPTModel):
             self._output_processor = self._output_processor_context = None
 
     def output_weight(self) -> Optional[Tensor]:
-        """The output layer's weight on the last stage (the embedding's where they are tied on one stage), or None."""
+        """The output layer's weight on the last stage (the embedding's if they are tied and on one stage), or None."""
         tied = self.share_embeddings_and_output_weights
         return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Optional[dict] = None):
-        """GPTModel's; borrowed rows belong to the first stage's embedding."""
+        """GPTModel's, without the output layer if this stage does not own its weight."""
         if self.post_process and not self.owns_output_weight:
             metadata = ensure_metadata_has_dp_cp_group(metadata)
             state = super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, metadata)
@@ -110,7 +114,7 @@ class RewardModel(GPTModel):
 
 
 def unwrap(chunk: Module) -> RewardModel:
-    """The model inside DDP and precision wrappers."""
+    """The RewardModel inside DDP and Float16Module."""
     while not isinstance(chunk, RewardModel):
         chunk = chunk.module
     return chunk

@@ -1,4 +1,4 @@
-"""The scalar head of a discriminative reward model (paper, section 2.1): one row on the last hidden state of a text."""
+"""The scalar head of a discriminative reward model (paper, section 2.1), applied to the last hidden state of a text."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SCALAR_HEAD = "score.weight"
-"""Its weight's name in checkpoints, and in Hugging Face's ...ForSequenceClassification."""
+"""Name of its weight in checkpoints and in Hugging Face's ...ForSequenceClassification."""
 
 
 class ScalarHead(torch.nn.Module):
-    """Linear layer without bias to one number, whole on every tensor-parallel process.
+    """Linear layer without bias from hidden rows to one number; replicated on every tensor-parallel process.
 
     Args:
-        dtype: of the weight [1, hidden]; the product is in float32 (float64 for a float64 model).
+        dtype: of the weight [1, hidden]; the product is computed in float32 (float64 for a float64 model).
     """
 
     def __init__(self, hidden_size: int, dtype: torch.dtype):
@@ -22,6 +22,6 @@ class ScalarHead(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.empty(1, hidden_size, dtype=dtype))
 
     def forward(self, rows: Tensor) -> Tensor:
-        """[rows, hidden] -> rewards [rows]."""
+        """[rows, hidden] -> rewards [rows], float32 (float64 for a float64 model)."""
         dtype = torch.promote_types(rows.dtype, torch.float32)
         return F.linear(rows.to(dtype), self.weight.to(dtype)).squeeze(-1)

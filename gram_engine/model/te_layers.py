@@ -1,6 +1,6 @@
-"""What a run takes from Transformer Engine: its layers, FP8, and tensor-parallel communication behind its matrix products.
+"""What a run uses of Transformer Engine: its layers, FP8, and overlap of tensor-parallel communication with its GEMMs.
 
-Which versions of it belong to which megatron-core: platform/stack.py.
+platform/stack.py knows which versions of Transformer Engine belong to which megatron-core.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ import contextlib
 import importlib.util
 from typing import ContextManager
 
-import torch
-
 from gram_engine.config.schema import Config
 from gram_engine.errors import ConfigError
 from gram_engine.platform.device import Platform
@@ -18,7 +16,7 @@ from gram_engine.platform.stack import check_transformer_engine
 
 INSTALL = "make gpu"
 
-# Compute capability that FP8 recipes need, and the hardware that has it.
+# FP8 recipe -> compute capability that it needs, and the GPUs that have it.
 CAPABILITIES = {
     "delayed": ((8, 9), "an L40S, H100 or newer GPU"),
     "tensorwise": ((8, 9), "an L40S, H100 or newer GPU"),
@@ -28,33 +26,35 @@ CAPABILITIES = {
 
 
 def uses_transformer_engine(config: Config, platform: Platform) -> bool:
-    """Whether layers come from Transformer Engine.
+    """Whether the layers are Transformer Engine's.
 
     Raises:
-        ConfigError: it was asked for, also by FP8 or --tp-comm-overlap, and is not installed, or there is no GPU; or its
-            version does not belong to the installed megatron-core.
+        ConfigError: a flag needs Transformer Engine (--transformer-impl, --fp8-format or --tp-comm-overlap), but it is not
+            installed or there is no GPU; or its version does not belong to the installed megatron-core.
     """
     choice, installed = config.model.transformer_impl, importlib.util.find_spec("transformer_engine") is not None
-    asked_by = {
+    usable = installed and platform.is_cuda
+    requested_by = {
         "--transformer-impl transformer_engine": choice == "transformer_engine",
         "--fp8-format": config.training.fp8_format is not None,
         "--tp-comm-overlap": config.parallel.tp_comm_overlap,
     }
-    flag = next((flag for flag, given in asked_by.items() if given), None)
-    if flag and not (installed and platform.is_cuda):
-        lacks = "a GPU" if installed else f"the transformer-engine package ({INSTALL}) and a GPU"
-        raise ConfigError(f"{flag} needs {lacks}. Leave it out to train with local layers in BF16.")
-    if choice == "local" or not installed or not platform.is_cuda:
+    flag = next((flag for flag, given in requested_by.items() if given), None)
+    if flag and not usable:
+        missing = "a GPU" if installed else f"the transformer-engine package ({INSTALL}) and a GPU"
+        raise ConfigError(f"{flag} needs {missing}. Leave it out to train with local layers in BF16.")
+    if choice == "local" or not usable:
         return False
     check_transformer_engine()
     return True
 
 
 def check_gpu(config: Config, platform: Platform) -> None:
-    """Refuse what this machine cannot do, before any process group starts.
+    """Refuse settings that this machine does not support, before any process group starts.
 
     Raises:
-        ConfigError: Transformer Engine is missing or of another line, or the GPU is too old for the FP8 recipe.
+        ConfigError: as `uses_transformer_engine`; --recompute-modules needs Transformer Engine's layers; or the GPU does not
+            support the FP8 recipe.
     """
     training = config.training
     recomputed = training.recompute_modules if training.recompute_granularity == "selective" else ()
@@ -63,16 +63,16 @@ def check_gpu(config: Config, platform: Platform) -> None:
     if training.fp8_format is None:
         return
     needed, hardware = CAPABILITIES[training.fp8_recipe]
-    found = torch.cuda.get_device_capability(platform.device)
+    found = platform.compute_capability()
     if found < needed:
         raise ConfigError(
             f"--fp8-recipe {training.fp8_recipe} needs {hardware} (compute capability {needed[0]}.{needed[1]}); this is "
-            f"{torch.cuda.get_device_name(platform.device)} ({found[0]}.{found[1]}). Leave --fp8-format out to train in BF16."
+            f"{platform.name()} ({found[0]}.{found[1]}). Leave --fp8-format out to train in BF16."
         )
 
 
 def fp8_fields(config: Config) -> dict:
-    """FP8 fields of megatron-core's TransformerConfig."""
+    """The FP8 fields of megatron-core's TransformerConfig; {} without FP8."""
     training = config.training
     if training.fp8_format is None:
         return {}
@@ -88,7 +88,7 @@ def fp8_fields(config: Config) -> dict:
 
 
 def without_fp8(config: Config, building: bool = False) -> ContextManager:
-    """Computes (or, while building, makes parameters) in the model's own precision, inside an FP8 context."""
+    """Context manager that disables FP8: for computing, or with `building` for the creation of parameters."""
     if config.training.fp8_format is None:
         return contextlib.nullcontext()
     import transformer_engine.pytorch as te
@@ -97,20 +97,23 @@ def without_fp8(config: Config, building: bool = False) -> ContextManager:
 
 
 def start_userbuffers(config: Config) -> None:
-    """The buffers of --tp-comm-overlap: one for each process's share of a whole pack. After process groups are up."""
+    """Allocate the communication buffers of --tp-comm-overlap.  Call it after the process groups are initialised.
+
+    Their shape is [tokens of a pack / context-parallel size, hidden].
+    """
     if not config.parallel.tp_comm_overlap:
         return
     from transformer_engine.pytorch.module import base
 
     modes = base.UserBufferQuantizationMode
     fp8 = config.training.fp8_format is not None
-    used = [modes.FP8 if fp8 else modes.NONE]
+    quantization_modes = [modes.FP8 if fp8 else modes.NONE]
     if fp8 and config.training.first_last_layers_bf16:
-        used.append(modes.NONE)
+        quantization_modes.append(modes.NONE)
     tokens = config.pack_tokens // config.parallel.context_parallel_size
     base.initialize_ub(
         shape=[tokens, config.model.hidden_size],
         tp_size=config.parallel.tensor_model_parallel_size,
-        quantization_modes=used,
+        quantization_modes=quantization_modes,
         bootstrap_backend="nccl",
     )

@@ -1,7 +1,7 @@
-"""AdamW for machines without Transformer Engine or apex, in the layout of their FusedAdam.
+"""AdamW for machines without Transformer Engine and apex, with the state layout of their FusedAdam.
 
-megatron-core's reshardable optimizer checkpoints expect `step` in the parameter group and only the two moments in the
-state; torch.optim.AdamW keeps `step` per parameter and cannot be loaded from such a checkpoint.
+megatron-core's fully reshardable optimizer checkpoints expect `step` in the parameter group and only the two moments in the
+state; torch.optim.AdamW has a `step` per parameter and cannot be loaded from such a checkpoint.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from torch.optim.adamw import adamw
 
 
 class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019), moments in the parameters' dtype (fp32 here), by
-    torch's fused kernel.
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019), computed by torch's fused kernel.
 
-    `adam_w_mode` is accepted because megatron-core passes it to FusedAdam; only True is meant.
+    The moments have the dtype of the parameters (fp32 main parameters here).  `adam_w_mode` is accepted because megatron-core
+    passes it to FusedAdam; it must be True.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, **_):
-        assert adam_w_mode, "only decoupled weight decay"
+        assert adam_w_mode, "only decoupled weight decay is supported"
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -31,7 +31,7 @@ class AdamW(torch.optim.Optimizer):
                 continue
             first, second = self._moments(parameters)
             beta1, beta2 = group["betas"]
-            # The kernel counts this step in each of these itself.
+            # The kernel increments these steps before it uses them.
             before = torch.full((len(parameters),), group["step"] - 1.0, device=parameters[0].device).unbind()
             adamw(
                 parameters,
@@ -61,7 +61,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 def register_as_megatron_adam() -> None:
-    """Make megatron-core build this optimizer where it would fall back to torch's AdamW."""
+    """Make megatron-core construct this optimizer instead of torch's AdamW, its fallback."""
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
@@ -69,5 +69,5 @@ def register_as_megatron_adam() -> None:
         return
     optimizer.Adam = distrib_optimizer.Adam = AdamW
     optimizer.USING_PYTORCH_OPTIMIZER = False
-    # "apex" stands for FusedAdam's layout here: step in the parameter group.
+    # These flags select FusedAdam's layout, with `step` in the parameter group.
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True

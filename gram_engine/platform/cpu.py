@@ -1,8 +1,9 @@
-"""Lets stock megatron-core run on a CPU.
+"""Makes unmodified megatron-core run on a CPU.
 
-megatron-core asks torch for CUDA devices, streams and random states by name, so inside megatron.core's own modules the
-global name `torch` becomes a proxy that answers these calls for the CPU and hands everything else to torch.  Nothing outside
-megatron.core sees the proxy.  tests/test_platform.py fails when an upgrade brings a CUDA call that has no answer here.
+megatron-core calls torch.cuda for devices, streams and random states.  Therefore the global name `torch` in megatron.core's
+modules is replaced by a proxy, which implements these calls for the CPU and forwards everything else to torch.  Modules
+outside megatron.core do not see the proxy.  tests/test_platform.py fails if a new release of megatron-core makes a CUDA call
+that the proxy does not implement.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _is_cuda_device(device) -> bool:
 
 
 class _Stream:
-    """A stream or event on a device that works in order: waiting and recording are no-ops."""
+    """A stream or event.  Work on a CPU is done in order, so waiting and recording do nothing."""
 
     def __init__(self, *_, **__):
         pass
@@ -48,7 +49,7 @@ def _nothing(*_, **__) -> None:
 
 
 class CudaOnCpu(types.ModuleType):
-    """What megatron-core sees as `torch.cuda`."""
+    """`torch.cuda` as megatron-core sees it."""
 
     ANSWERS = {
         "is_available": lambda: False,
@@ -82,7 +83,7 @@ class CudaOnCpu(types.ModuleType):
 
 
 class TorchOnCpu(types.ModuleType):
-    """What megatron-core sees as `torch`: factories make CPU tensors, `cuda` is CudaOnCpu, the rest is torch."""
+    """`torch` as megatron-core sees it: factories create CPU tensors, `cuda` is CudaOnCpu, everything else is torch's."""
 
     FACTORIES = frozenset(
         "zeros ones empty full tensor as_tensor arange rand randn randint eye linspace "
@@ -115,19 +116,19 @@ def _factory_on_cpu(factory):
 _PROXY = TorchOnCpu()
 
 
-def _give_proxy(module: types.ModuleType) -> None:
+def _install_proxy(module: types.ModuleType) -> None:
     if getattr(module, "torch", None) is torch:
         module.torch = _PROXY
     if module.__name__ == "megatron.core.jit":
-        module.disable_jit_fuser()  # torch.compile, of no use here, would double the time that every process takes to start
+        module.disable_jit_fuser()  # torch.compile is not needed here, and would double the start-up time
     if module.__name__ == "megatron.core.tensor_parallel.random":
-        # These two reach into torch's CUDA generators instead of calling torch.cuda.
+        # These two access torch's CUDA generators without calling torch.cuda.
         module._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
         module._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
 
-class _ProxyGivingFinder(importlib.abc.MetaPathFinder):
-    """Gives the proxy to modules of megatron.core that are imported later."""
+class _ProxyFinder(importlib.abc.MetaPathFinder):
+    """Installs the proxy in modules of megatron.core that are imported later."""
 
     def find_spec(self, name, path=None, target=None):
         if not name.startswith("megatron.core"):
@@ -139,7 +140,7 @@ class _ProxyGivingFinder(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            _give_proxy(module)
+            _install_proxy(module)
 
         spec.loader.exec_module = exec_module
         return spec
@@ -150,15 +151,15 @@ def _called_from_megatron() -> bool:
 
 
 def answer_cuda_calls() -> None:
-    """Give the proxy to all of megatron-core, loaded or yet to be loaded. Once a process."""
-    sys.meta_path.insert(0, _ProxyGivingFinder())
+    """Install the proxy in all modules of megatron-core, imported already or later.  Call it once per process."""
+    sys.meta_path.insert(0, _ProxyFinder())
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core"):
-            _give_proxy(module)
+            _install_proxy(module)
 
     to_cuda, type_of = torch.Tensor.cuda, torch.Tensor.type
 
-    # Methods of tensors cannot be reached through the proxy; other callers still meet torch's own.
+    # The proxy does not cover methods of tensors.  For callers outside megatron-core these methods are torch's.
     def cuda(self, *args, **kwargs):
         return self if _called_from_megatron() else to_cuda(self, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""The one place that knows CUDA/NCCL from CPU/gloo (cpu.py), and which megatron-core is installed (stack.py)."""
+"""The device that this process computes on: CUDA with NCCL, or a CPU with gloo.  Only this package tells them apart."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "H800": 989.0, "A10
 
 @dataclass(frozen=True)
 class Platform:
-    """Where this process computes."""
+    """The device of this process and the backend of its process groups."""
 
     device: torch.device
     backend: str
@@ -37,25 +37,30 @@ class Platform:
             torch.cuda.set_device(self.device)
 
     def memory_allocated_bytes(self) -> int:
-        """Peak memory of the GPU's allocator, or this process's resident memory."""
+        """Peak memory of the GPU's allocator, or the resident memory of this process on a CPU."""
         return torch.cuda.max_memory_allocated() if self.is_cuda else psutil.Process().memory_info().rss
 
     def peak_tflops(self) -> float | None:
-        """Dense bf16 peak of one device; None where it is not known (CPUs)."""
-        if not self.is_cuda:
-            return None
-        name = torch.cuda.get_device_name(self.device)
-        return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+        """Dense bf16 peak of the device; None if it is unknown, as for CPUs."""
+        return next((peak for part, peak in PEAK_TFLOPS.items() if part in self.name()), None)
+
+    def name(self) -> str:
+        """Name of the GPU model, or "CPU"."""
+        return torch.cuda.get_device_name(self.device) if self.is_cuda else "CPU"
+
+    def compute_capability(self) -> tuple[int, int]:
+        """(major, minor) compute capability of the GPU; (0, 0) for a CPU."""
+        return torch.cuda.get_device_capability(self.device) if self.is_cuda else (0, 0)
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has finished all work that was queued."""
         if self.is_cuda:
             torch.cuda.synchronize()
 
     def describe(self) -> str:
         """One line for the log."""
-        name = torch.cuda.get_device_name(self.device) if self.is_cuda else f"CPU, {torch.get_num_threads()} threads"
-        return f"{name} | {self.backend} | torch {torch.__version__}"
+        threads = "" if self.is_cuda else f", {torch.get_num_threads()} threads"
+        return f"{self.name()}{threads} | {self.backend} | torch {torch.__version__}"
 
 
 def gpu_count() -> int:
@@ -65,11 +70,11 @@ def gpu_count() -> int:
 
 @functools.cache
 def initialise(device: Literal["auto", "cuda", "cpu"] = "auto") -> Platform:
-    """Choose the device of this process and prepare megatron-core for it. Call before megatron is used.
+    """Choose the device of this process and prepare megatron-core for it.  Call it before megatron-core is used.
 
     Raises:
-        ConfigError: megatron-core is of no line that the engine knows; cuda was asked for and there is none; the machine has
-            a GPU that this torch cannot use.
+        ConfigError: the release of megatron-core is not supported; cuda was requested and there is none, or cpu on a machine
+            with GPUs; the machine has a GPU that this build of torch cannot use.
     """
     installed_stack()
     if device != "cpu":
@@ -80,7 +85,7 @@ def initialise(device: Literal["auto", "cuda", "cpu"] = "auto") -> Platform:
     if device == "cuda" and not available:
         raise ConfigError("--device cuda: torch finds no GPU. Use --device cpu, or check the driver and torch's build.")
     if available and device == "cpu":
-        # megatron-core and torch ask again and again whether there is a GPU: the answer has to be one.
+        # megatron-core and torch check in many places whether there is a GPU; all of them must get the same answer.
         raise ConfigError("--device cpu on a machine with GPUs: hide them instead, with CUDA_VISIBLE_DEVICES= (empty).")
     platform = _start_gpu() if available else _start_cpu()
     adapt_megatron()
@@ -88,7 +93,7 @@ def initialise(device: Literal["auto", "cuda", "cpu"] = "auto") -> Platform:
 
 
 def make_deterministic() -> None:
-    """Allow only kernels that give the same bits in every run. Call before the device is first used."""
+    """Allow only kernels that give the same bits in every run.  Call it before the device is first used."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "Ring")
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
@@ -96,11 +101,11 @@ def make_deterministic() -> None:
 
 
 def _set_gpu_environment() -> None:
-    """What the driver and torch's allocator read when they start, so before the first question about GPUs."""
-    # One queue: collectives start in the order in which megatron-core overlaps them with matrix products.
+    """Set variables that the driver and torch's allocator read when they start, hence before the first CUDA call."""
+    # One hardware queue: kernels start in the order of the launches, which megatron-core's overlap of communication needs.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if "PYTORCH_ALLOC_CONF" not in os.environ:
-        # Packs and label rows differ in size from step to step, which leaves holes between segments of fixed size.
+        # Packs and label rows differ in size from step to step, which fragments segments of fixed size.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
@@ -121,7 +126,7 @@ def _has_nvidia_gpu() -> bool:
 def _start_gpu() -> Platform:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     torch.cuda.set_device(local)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention makes a new plan for every shape, and packs differ
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention builds a new plan for every shape, and packs differ
     return Platform(torch.device("cuda", local), "nccl")
 
 

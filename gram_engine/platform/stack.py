@@ -1,7 +1,7 @@
-"""The one place that knows which megatron-core is installed. What differs between the two lines is here, with the reason.
+"""Everything that depends on the installed release of megatron-core, with the reason for each difference.
 
-Differences are found by looking at megatron-core where that is honest (a signature, a name), not by its version.  Nothing of
-megatron.core is imported before a function needs it: on a CPU the proxy (cpu.py) has to be in first.
+A difference is detected by a signature or a name in megatron-core if possible, otherwise by its version.  megatron.core is
+imported inside the functions only, because on a CPU the proxy for torch (cpu.py) must be installed first.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ from gram_engine.errors import ConfigError
 
 @dataclass(frozen=True)
 class Stack:
-    """One line of megatron-core, and what belongs to it."""
+    """A release line (major.minor) of megatron-core."""
 
     megatron_core: str
-    """The release that the engine is tested with; others of the same line (major.minor) are taken as well."""
+    """The release that the engine is tested with; other patch releases of the line are accepted."""
     transformer_engine: SpecifierSet
+    """The versions of Transformer Engine that belong to it."""
 
 
-# 0.16.1 declares its range of Transformer Engine.  0.19.2 declares none: NVIDIA builds and tests that line with 2.17.1.
+# 0.16.1 declares the range of Transformer Engine.  0.19.2 declares none; NVIDIA builds and tests that line with 2.17.1.
 STACKS = (
     Stack("0.16.1", SpecifierSet(">=2.9,<2.12")),
-    Stack("0.19.2", SpecifierSet(">=2.17,<3")),  # megatron-core 0.17 and later want Python 3.12
+    Stack("0.19.2", SpecifierSet(">=2.17,<3")),  # megatron-core 0.17 and later need Python 3.12
 )
 
 
 def installed_stack() -> Stack:
-    """The line of the megatron-core that is installed; imports nothing of it.
+    """The release line of the installed megatron-core, from its package metadata.
 
     Raises:
-        ConfigError: there is none, or it is of another line.
+        ConfigError: megatron-core is not installed, or of an unsupported release line.
     """
     found = _version("megatron-core")
     for stack in STACKS:
@@ -60,10 +61,10 @@ def installed_stack() -> Stack:
 
 
 def check_transformer_engine() -> None:
-    """Refuse a Transformer Engine that does not belong to the megatron-core that is installed.
+    """Refuse a Transformer Engine that does not belong to the installed megatron-core.
 
     Raises:
-        ConfigError: names both, and the command that mends it.
+        ConfigError: names both versions, and the command that installs the right one.
     """
     found, wanted = _version("transformer-engine"), installed_stack().transformer_engine
     if found is None or not wanted.contains(found, prereleases=True):
@@ -82,20 +83,20 @@ def _version(package: str) -> str | None:
 
 
 def adapt_megatron() -> None:
-    """Replace what the engine needs otherwise inside megatron-core. Once a process, after the device is chosen."""
+    """Apply the engine's patches to megatron-core.  Call it once per process, after the device is chosen."""
     from gram_engine.platform.adamw import register_as_megatron_adam
 
     register_as_megatron_adam()
     _match_groups_by_multipliers()
     _use_foreach_functions()
-    # 0.19 announces GPTModel's end at every model that is built, which is nothing a user can act on (CONTRIBUTING.md).
+    # 0.19 logs a deprecation of GPTModel for every model; a user cannot act on it (CONTRIBUTING.md has the plan).
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
 
 
 def _match_groups_by_multipliers() -> None:
-    """Pair a checkpoint's parameter groups with a run's by what tells the groups apart, as 0.16 does.
+    """Match the parameter groups of a checkpoint and of the run by their multipliers, as 0.16 does.
 
-    0.19 also compares learning rates and weight decays, and so refuses to resume with another --lr.
+    0.19 also compares learning rates and weight decays, and therefore refuses to resume with another --lr.
     """
     from megatron.core.optimizer import distrib_optimizer, optimizer
 
@@ -104,7 +105,7 @@ def _match_groups_by_multipliers() -> None:
 
 
 def _use_foreach_functions() -> None:
-    """Where neither Transformer Engine nor apex gives these functions: megatron-core's own wait for the GPU at every tensor."""
+    """Replace megatron-core's fallbacks for Transformer Engine's and apex's functions: they synchronise for every tensor."""
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads
 
@@ -115,19 +116,19 @@ def _use_foreach_functions() -> None:
 def l2_norm(_chunk_size: int, flag: Tensor, tensor_lists: list[list[Tensor]], *_) -> tuple[Tensor, None]:
     """(norm of all tensors together, fp32 [1] on their device; None), without waiting for the device.
 
-    The arguments are those of megatron-core's local_multi_tensor_l2_norm; `flag` gives the device where there are no tensors.
+    The arguments are those of megatron-core's local_multi_tensor_l2_norm; `flag` gives the device if there are no tensors.
     """
     tensors = [tensor for tensors in tensor_lists for tensor in tensors]
     if not tensors:
         return torch.zeros(1, device=flag.device), None
-    if tensors[0].device.type == "cpu":  # its kernel sums a tensor's squares in a row in fp32: 1e-3 off at an embedding's size
+    if tensors[0].device.type == "cpu":  # its kernel sums in fp32, sequentially: an error of 1e-3 for an embedding
         tensors = [piece for tensor in tensors for piece in tensor.flatten().split(1 << 16)]
     norms = torch.stack(torch._foreach_norm(tensors))
     return torch.linalg.vector_norm(norms.double()).float().reshape(1), None
 
 
 def scale_in_place(_chunk_size: int, _flag: Tensor, tensor_lists: list[list[Tensor]], factor: float) -> None:
-    """megatron-core's local_multi_tensor_scale for clipping, which names the same tensors as source and as target."""
+    """megatron-core's local_multi_tensor_scale for clipping, where source and target are the same tensors."""
     source, target = tensor_lists
     assert source is target
     if target:
@@ -135,31 +136,31 @@ def scale_in_place(_chunk_size: int, _flag: Tensor, tensor_lists: list[list[Tens
 
 
 def plan_checkpoint(sharded: dict, folder: Path) -> tuple[Any, Any]:
-    """Which process writes which shards of `sharded` (collective); nothing is written.
+    """Decide which process writes which shards of `sharded`; nothing is written.  Every process must call it.
 
     Returns:
-        (megatron-core's FileSystemWriterAsync, on the main process the content of .metadata).
+        (megatron-core's FileSystemWriterAsync; on rank 0 the content of .metadata).
     """
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-    # Planning would start a server process for results of megatron-core's own writers. The name lost its underscore by 0.19.
+    # Otherwise planning starts a server process for megatron-core's own writers.  0.19 has the name without an underscore.
     filesystem_async._get_write_results_queue = filesystem_async.get_write_results_queue = lambda *_: None
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=2)  # of two files a process; 0.19 has one by default
-    # Where megatron-core would go on to write. 0.19 hands over the name of the planner as well.
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=2)  # two files per process; 0.19 has one by default
+    # megatron-core calls this after planning to start writing.  0.19 also passes the name of the planner.
     strategy._get_save_and_finalize_callbacks = lambda writer, planned, *_: (writer, planned[1])
     parallel = FullyParallelSaveStrategyWrapper(strategy, parallel_state.get_data_parallel_group(with_context_parallel=True))
-    # 0.19 has two planners; the other one, its default, needs the nvidia-resiliency-ext package.
+    # 0.19 has two planners; the default one needs the package nvidia-resiliency-ext.
     planner = ["mcore"] if "async_strategy" in inspect.signature(parallel.async_save).parameters else []
     return parallel.async_save(sharded, str(folder), *planner)
 
 
 class StoredObject(io.BytesIO):
-    """A pickled object of a checkpoint, which gives torch a copy where torch asks for a view.
+    """A pickled object of a checkpoint whose `getbuffer` returns a copy instead of a view.
 
-    CPython 3.12.1 crashes when it collects a view that a failed write has left in a cycle (3.11.7 and 3.13.0 do not).
+    CPython 3.12.1 crashes when it collects a view that a failed write left in a reference cycle; 3.11.7 and 3.13.0 do not.
     """
 
     def getbuffer(self) -> bytes:
@@ -167,10 +168,10 @@ class StoredObject(io.BytesIO):
 
 
 def load_strategy() -> Any:
-    """megatron-core's TorchDistLoadShardedStrategy, which reads checkpoints of torch 2.15 as well.
+    """megatron-core's TorchDistLoadShardedStrategy, extended to checkpoints written by torch 2.15.
 
-    torch 2.15 stores `strides` among a tensor's properties, and megatron-core hands all properties to torch.empty, which
-    takes no strides.
+    torch 2.15 stores `strides` among the properties of a tensor; megatron-core passes all properties to torch.empty, which
+    does not accept strides.
     """
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -189,6 +190,6 @@ def load_strategy() -> Any:
 
 
 def mlp_submodules(layer_spec) -> Any:
-    """The linear layers in the specification of a layer's MLP: a ModuleSpec in 0.16, a functools.partial of MLP in 0.19."""
+    """The submodules of the MLP in a layer's specification, which is a ModuleSpec in 0.16, a functools.partial in 0.19."""
     mlp = layer_spec.submodules.mlp
     return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
