@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Iterator
@@ -17,6 +18,8 @@ import yaml
 
 from gram_engine.errors import ConfigError, GramError
 
+SPARE_BYTES = 64 << 20
+"""Free space that small files (headers, tokenizer, metadata) may need beside the tensors."""
 HUB = "hf:"
 """What the name of a data set of the hub begins with."""
 
@@ -46,6 +49,19 @@ def fsync(path: str | Path) -> None:
         os.close(descriptor)
 
 
+def check_free_space(folder: Path, nbytes: int, error: type[GramError], subject: str, remedy: str) -> None:
+    """Refuse to write `nbytes` of tensors to `folder`, which need not exist yet, if the disk has too little space.
+
+    Raises:
+        error: "subject: ... are needed, ... free. remedy".
+    """
+    while not folder.exists():
+        folder = folder.absolute().parent
+    needed, free = nbytes + SPARE_BYTES, shutil.disk_usage(folder).free
+    if free < needed:
+        raise error(f"{subject}: {needed / 1e9:.2f} GB are needed, {folder} has {free / 1e9:.2f} GB free. {remedy}")
+
+
 def sha256_of_file(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file, read in pieces."""
     with open(path, "rb") as handle:
@@ -65,6 +81,13 @@ def read_json(path: str | Path, error: type[GramError], remedy: str) -> dict[str
     if not isinstance(content, dict):
         raise error(f"{path}: holds a {type(content).__name__}, not a JSON object. {remedy}")
     return content
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write `content` as JSON, atomically."""
+    with write_atomically(path) as handle:
+        json.dump(content, handle, indent=1)
+        handle.write("\n")
 
 
 def read_yaml(path: str | Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, Optional
 
 import tyro
@@ -14,33 +15,33 @@ from gram_engine.errors import ConfigError, GramError
 
 @dataclass
 class ConvertArguments:
-    """Convert a checkpoint of the engine to a Hugging Face folder, or the other way.
+    """Convert a checkpoint of the engine to a Hugging Face folder, or a Hugging Face folder to a checkpoint.
 
-    `gram convert export --megatron-path CHECKPOINT --hf-path FOLDER` and `gram convert import --hf-path FOLDER
-    --megatron-path CHECKPOINT` are the same in Megatron-Bridge's words.
+    Megatron-Bridge's form is accepted too: `gram convert export --megatron-path CHECKPOINT --hf-path FOLDER` and
+    `gram convert import --hf-path FOLDER --megatron-path CHECKPOINT`.
     """
 
     load: str
-    """What to read: folder of checkpoints (--save of a run) or one iter_... folder; with --from hf a Hugging Face folder."""
+    """Input: a folder of checkpoints (--save of a run) or one of its iter_... folders; with --from hf a Hugging Face folder."""
     save: str
-    """Folder to write; must not exist."""
+    """Folder to write; it must not exist."""
     source: Annotated[Literal["engine", "hf"], tyro.conf.arg(name="from")] = "engine"
-    """Format to read."""
+    """Input format."""
     to: Optional[Literal["engine", "hf"]] = None
-    """Format to write; default: the other one."""
+    """Output format; default: the other one."""
     dtype: Optional[Literal["float32", "bfloat16", "float16"]] = None
-    """Dtype of the written weights; default: as they are."""
+    """Dtype of the written weights; default: that of the input."""
     head: Optional[Literal["causal-lm", "pair-logit", "scalar"]] = None
-    """To hf: the language model, or AutoModelForSequenceClassification with one logit: Z_A - Z_B (pair-logit), or the reward of
-    bradley-terry (scalar); default: causal-lm, and scalar for bradley-terry."""
+    """Output hf: the language model (causal-lm), or an AutoModelForSequenceClassification with one logit, which is Z_A - Z_B
+    (pair-logit) or the reward of bradley-terry (scalar); default: scalar for bradley-terry, otherwise causal-lm."""
     template: str = "gram-code"
-    """To engine: judge prompt of the checkpoint: gram-code, gram-paper, or a YAML file."""
+    """Output engine: judge prompt of the checkpoint: gram-code, gram-paper, or a YAML file."""
     evaluation: Optional[str] = None
-    """To hf: report of `gram score --report` or `gram evaluate` whose figures the model card shows."""
+    """Output hf: a report of `gram score --report` or `gram evaluate` to show in the model card."""
     tensor_model_parallel_size: int = 1
-    """Without effect, for scripts that give it: a checkpoint of the engine loads at every layout."""
+    """Ignored; accepted for scripts that pass it. A checkpoint of the engine loads at every layout."""
     processes: int = 1
-    """Files are converted by so many processes at once, each with one tensor in memory."""
+    """Number of files that are converted in parallel; each process has one tensor in memory."""
     verify: bool = False
     """Read everything back and compare it bit for bit."""
 
@@ -48,14 +49,15 @@ class ConvertArguments:
 def main(argv: list[str] | None = None) -> None:
     """Command line of tools/convert_checkpoint.py and `gram convert`."""
     try:
-        arguments = tyro.cli(ConvertArguments, args=_in_own_words(sys.argv[1:] if argv is None else argv), prog="gram convert")
+        argv = _translate_bridge_arguments(sys.argv[1:] if argv is None else argv)
+        arguments = tyro.cli(ConvertArguments, args=argv, prog="gram convert")
         print(f"wrote {convert(arguments)}")
     except GramError as error:
         fail(error)
 
 
-def convert(arguments: ConvertArguments):
-    """The path of what was written.
+def convert(arguments: ConvertArguments) -> Path:
+    """Convert; returns the path that was written.
 
     Raises:
         ConfigError, CheckpointError: see `export_hf` and `import_checkpoint`.
@@ -75,8 +77,8 @@ def convert(arguments: ConvertArguments):
     return import_checkpoint(arguments.load, arguments.save, arguments.dtype, template=arguments.template, **work)
 
 
-def _in_own_words(argv: list[str]) -> list[str]:
-    """Megatron-Bridge's `import` and `export` as --from, --load and --save."""
+def _translate_bridge_arguments(argv: list[str]) -> list[str]:
+    """Replace Megatron-Bridge's `import` and `export` by --from, --load and --save."""
     if not argv or argv[0] not in ("import", "export"):
         return argv
     names = {"--hf-path": "--load", "--megatron-path": "--save"}

@@ -1,8 +1,7 @@
-"""Checkpoint -> Hugging Face folder, file by file, without a process group, whatever layout it was saved at."""
+"""Checkpoint of any layout -> Hugging Face folder, tensor by tensor, without a process group."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -12,22 +11,14 @@ from typing import Iterator, Optional
 import torch
 from torch import Tensor
 
-from gram_engine.checkpoint.folder import (
-    DATA_MANIFEST,
-    RUN_CONFIG,
-    TEMPLATE,
-    TOKENIZER,
-    latest_checkpoint,
-    run_config_of,
-)
+from gram_engine.checkpoint.folder import DATA_MANIFEST, RUN_CONFIG, TEMPLATE, TOKENIZER, latest_checkpoint, run_config_of
 from gram_engine.checkpoint.integrity import DamagedCheckpoint, verify
 from gram_engine.checkpoint.torch_dist import TorchDistCheckpoint
-from gram_engine.config.schema import Config
-from gram_engine.convert.jobs import Job, check_room, head_key, in_files, run_jobs
-from gram_engine.convert.merge_lora import merged_tensor
+from gram_engine.config.schema import Config, ModelConfig
+from gram_engine.convert.jobs import Job, check_room, head_key, in_files, run_jobs, same_bits
 from gram_engine.convert.metadata_files import label_ids_of, read_evaluation, write_hf_metadata_files
 from gram_engine.errors import CheckpointError, ConfigError
-from gram_engine.files import write_atomically
+from gram_engine.files import write_json
 from gram_engine.hf.folder import HuggingFaceFolder
 from gram_engine.hf.gram_config import CAUSAL_LM, PAIR_LOGIT, SCALAR
 from gram_engine.hf.mapping import INDEX, OUTPUT, SCORE, SINGLE, rules
@@ -44,20 +35,25 @@ def export_hf(
     verify: bool = False,
     evaluation: Optional[str] = None,
 ) -> Path:
-    """Write `folder` from the newest checkpoint in `checkpoint`; it appears under its name only when whole.
+    """Write `folder` from the newest checkpoint in `checkpoint`, with LoRA adapters merged into the weights.
 
-    LoRA's adapters are merged into the weights.
+    The folder gets its name only when it is complete.
 
     Args:
-        dtype: of the written weights, as torch names it; None: as the checkpoint holds them.
-        head: CAUSAL_LM, PAIR_LOGIT for AutoModelForSequenceClassification with score.weight = W_A - W_B, or SCALAR for
-            that with the scalar head of bradley-terry; None: CAUSAL_LM or SCALAR, by the objective.
+        dtype: torch's name for the dtype of the written weights; None: that of the checkpoint.
+        head: CAUSAL_LM; PAIR_LOGIT for AutoModelForSequenceClassification with score.weight = W_A - W_B; or SCALAR for
+            AutoModelForSequenceClassification with the scalar head of bradley-terry.  None: SCALAR for bradley-terry,
+            otherwise CAUSAL_LM.
         verify: read everything back and compare it, bit for bit, with the checkpoint.
-        evaluation: JSON report whose figures go into the model card.
+        evaluation: JSON report to show in the model card.
+
+    Returns:
+        `folder`.
 
     Raises:
-        CheckpointError: no checkpoint, one of its files is damaged, a tensor is missing, or what was written differs.
-        ConfigError: `folder` exists, the checkpoint has no such head, or the disk has too little room.
+        CheckpointError: there is no checkpoint, one of its files is damaged, a tensor is missing, or a written tensor
+            differs.
+        ConfigError: `folder` exists, the checkpoint has no such head, or the disk has too little space.
     """
     path, folder = _checkpoint_path(Path(checkpoint)), Path(folder)
     if folder.exists():
@@ -112,16 +108,14 @@ def _refuse_damage(path: Path, threads: int) -> None:
         raise CheckpointError(f"{error} Restore it, or give an older checkpoint: --load {path.parent}/iter_...") from None
 
 
-def _jobs(path: Path, folder: Path, model, dtype: torch.dtype, head: str) -> list[Job]:
+def _jobs(path: Path, folder: Path, model: ModelConfig, dtype: torch.dtype, head: str) -> list[Job]:
     wanted = [(rule, layer) for rule, layer in rules(model) if head == CAUSAL_LM or rule is not OUTPUT]
     wanted += [(SCORE, None)] if head == SCALAR else []
     files = in_files(wanted, model, dtype)
-    names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
-    if len(files) == 1:
-        names = [SINGLE]
+    name = "model-{:05d}-of-{:05d}.safetensors" if len(files) > 1 else SINGLE
     jobs = [
-        Job(number, path, folder, name, model, tuple(keys), dtype)
-        for number, (name, keys) in enumerate(zip(names, files, strict=True))
+        Job(number, path, folder, name.format(number + 1, len(files)), model, tuple(keys), dtype)
+        for number, keys in enumerate(files)
     ]
     if head == PAIR_LOGIT:
         jobs[-1] = replace(jobs[-1], label_ids=label_ids_of(path))
@@ -138,14 +132,27 @@ def _shapes(job: Job) -> dict[str, tuple[int, ...]]:
 
 
 def _tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor) of a job; one engine tensor of one layer is in memory at a time."""
+    """(Hugging Face name, tensor) of a job; one tensor of one layer of the checkpoint is in memory at a time."""
     checkpoint = TorchDistCheckpoint(job.checkpoint)
     for rule, layer in job.rules():
-        tensor = merged_tensor(checkpoint, rule.engine, layer, job.model)
+        tensor = _merged_tensor(checkpoint, rule.engine, layer, job.model)
         yield from zip(rule.hf_names(layer), rule.split(tensor, job.model), strict=True)
     if job.label_ids:
         row_a, row_b = checkpoint.tensor(*head_key(job.model))[list(job.label_ids)].float()
         yield SCORE.hf[0], (row_a - row_b)[None]
+
+
+def _merged_tensor(checkpoint: TorchDistCheckpoint, key: str, layer: int | None, model: ModelConfig) -> Tensor:
+    """A tensor of the checkpoint with its LoRA adapter merged, if it has one: W + alpha / rank * B A, fp32.
+
+    If B is zero the result is W itself, bit for bit.
+    """
+    weight = checkpoint.tensor(key, layer)
+    module, _, kind = key.rpartition(".")
+    if model.lora_rank is None or kind != "weight" or not module.endswith(model.lora_modules):
+        return weight
+    a, b = (checkpoint.tensor(f"{module}.adapter.{name}.weight", layer).float() for name in ("linear_in", "linear_out"))
+    return torch.addmm(weight.float(), b, a, alpha=model.lora_alpha / model.lora_rank) if b.any() else weight
 
 
 def _write_shard(job: Job) -> None:
@@ -158,7 +165,7 @@ def _write_shard(job: Job) -> None:
 def _verify_shard(job: Job) -> None:
     written = HuggingFaceFolder(job.folder)
     for name, tensor in _tensors(job):
-        if not torch.equal(written.read(name).view(torch.uint8), tensor.to(job.dtype).contiguous().view(torch.uint8)):
+        if not same_bits(written.read(name), tensor.to(job.dtype)):
             raise CheckpointError(f"{job.file}: {name} differs from the checkpoint after it was written. Check the disk.")
 
 
@@ -167,5 +174,4 @@ def _write_index(folder: Path, jobs: list[Job]) -> None:
         return
     weight_map = {name: job.file for job in jobs for name in _shapes(job)}
     content = {"metadata": {"total_size": sum(job.nbytes for job in jobs)}, "weight_map": dict(sorted(weight_map.items()))}
-    with write_atomically(folder / INDEX) as handle:
-        json.dump(content, handle, indent=1)
+    write_json(folder / INDEX, content)

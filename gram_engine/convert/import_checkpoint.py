@@ -1,6 +1,6 @@
-"""Hugging Face folder -> checkpoint of the engine, file by file, without a model in memory and without a process group.
+"""Hugging Face folder -> checkpoint of the engine, tensor by tensor, without a process group.
 
-A run can start from the folder itself (--load-hf, convert/import_hf.py); a checkpoint is for who wants one.
+A run can also start from the Hugging Face folder itself (--load-hf, hf/load_weights.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gram_engine.checkpoint.folder import iteration_folder, publish, write_metad
 from gram_engine.checkpoint.integrity import seal
 from gram_engine.checkpoint.torch_dist import Key, TorchDistCheckpoint, describe, write_file, write_metadata
 from gram_engine.config.schema import Config
-from gram_engine.convert.jobs import Job, check_room, in_files, run_jobs
+from gram_engine.convert.jobs import Job, check_room, in_files, run_jobs, same_bits
 from gram_engine.data.samples import label_ids
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
@@ -40,16 +40,19 @@ def import_checkpoint(
     processes: int = 1,
     verify: bool = False,
 ) -> Path:
-    """Write step 0 of a run at `save`, for --pretrained-checkpoint, and for export again; optimizer state has none.
+    """Write a checkpoint of step 0, without optimizer state, to `save`; it can be used with --pretrained-checkpoint.
 
     Args:
-        dtype: of the written weights, as torch names it; None: as the folder holds them.
-        template: judge prompt that an export of this checkpoint names.
+        dtype: torch's name for the dtype of the written weights; None: that of the folder.
+        template: judge prompt to record in the checkpoint.
         verify: read everything back and compare it, bit for bit, with the folder.
 
+    Returns:
+        The folder of the checkpoint, `save`/iter_0000000.
+
     Raises:
-        CheckpointError: weights are missing, cut off, of another shape, or what was written differs.
-        ConfigError: another architecture, `save` exists, or the disk has too little room.
+        CheckpointError: weights are missing, truncated or of another shape, or a written tensor differs.
+        ConfigError: the architecture is not supported, `save` exists, or the disk has too little space.
     """
     save = Path(save)
     if save.exists() and any(entry.suffix != ".tmp" for entry in save.iterdir()):
@@ -61,12 +64,11 @@ def import_checkpoint(
     stored = HuggingFaceFolder(folder).check(config.model)
     final = iteration_folder(save, 0)
     temporary = final.with_suffix(".tmp")
-    files = in_files(rules(config.model), config.model, dtype := getattr(torch, dtype) if dtype else stored)
-    jobs = [
-        Job(number, temporary, Path(folder), "", config.model, tuple(keys), dtype) for number, keys in enumerate(files)
-    ]
+    dtype = getattr(torch, dtype) if dtype else stored
+    files = in_files(rules(config.model), config.model, dtype)
+    jobs = [Job(number, temporary, Path(folder), "", config.model, tuple(keys), dtype) for number, keys in enumerate(files)]
     check_room(save, jobs)
-    shutil.rmtree(save, ignore_errors=True)  # an interrupted conversion
+    shutil.rmtree(save, ignore_errors=True)  # left by an interrupted conversion
     temporary.mkdir(parents=True)
     try:
         places = run_jobs(_write, jobs, processes, "write")
@@ -95,7 +97,7 @@ def _tokenizer(config: Config) -> Tokenizer:
 
 
 def _tensors(job: Job) -> Iterator[tuple[Key, Tensor]]:
-    """Engine tensors of a job, each made when it is asked for."""
+    """(key, tensor) of a job, generated one at a time."""
     source = HuggingFaceFolder(job.folder)
     for rule, layer in job.rules():
         parts = [source.read(name).to(job.dtype) for name in rule.hf_names(layer)]
@@ -109,12 +111,12 @@ def _write(job: Job) -> dict:
 def _verify(job: Job) -> None:
     written = TorchDistCheckpoint(job.checkpoint)
     for (key, layer), tensor in _tensors(job):
-        if not torch.equal(written.tensor(key, layer).view(torch.uint8), tensor.view(torch.uint8)):
+        if not same_bits(written.tensor(key, layer), tensor):
             raise CheckpointError(f"{job.checkpoint}: {key} differs from the folder after it was written. Check the disk.")
 
 
 def _complete(path: Path, config: Config, dtype: torch.dtype, places: dict) -> None:
-    """megatron-core's common part and format file, and the metadata."""
+    """Write megatron-core's common.pt, metadata.json (the format) and .metadata."""
     layers = config.model.num_layers
     described = {}
     for rule, layer in rules(config.model):

@@ -1,31 +1,31 @@
-"""Conversion cut into files, each a job for a process of its own; one tensor at a time is in a process's memory."""
+"""A conversion as independent jobs, one per output file, for several processes; each has one tensor in memory at a time."""
 
 from __future__ import annotations
 
 import math
 import multiprocessing
-import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from gram_engine.checkpoint.torch_dist import Key
 from gram_engine.config.schema import ModelConfig
 from gram_engine.errors import ConfigError
+from gram_engine.files import check_free_space
 from gram_engine.hf.mapping import EMBEDDING, OUTPUT, SCORE, Rule, rules
 
 MAX_FILE_BYTES = 1024**3
-"""Files are about this large: the unit of work and of progress."""
-SPARE_BYTES = 64 << 20
+"""Size of an output file, unless a single tensor is larger."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Some of the model's tensors, from a checkpoint to a file of a Hugging Face folder or the other way."""
+    """One output file: some tensors of the model, from a checkpoint to a Hugging Face folder or the other way."""
 
     number: int
     checkpoint: Path
@@ -35,25 +35,26 @@ class Job:
     keys: tuple[Key, ...]
     dtype: torch.dtype
     label_ids: tuple[int, int] | None = None
-    """Set for the pair-logit head: its one row takes the place of the output layer."""
+    """Set in one job for the pair-logit head, whose single row replaces the output layer."""
 
     @property
     def nbytes(self) -> int:
+        """Size of the output file's tensors."""
         return sum(key_bytes(rule, self.model, self.dtype) for rule, _ in self.rules())
 
     def rules(self) -> list[tuple[Rule, int | None]]:
-        """(rule, layer) of the job's keys."""
+        """(rule, layer) of each key."""
         rule_of = {(rule.engine, layer): rule for rule, layer in [*rules(self.model), (OUTPUT, None), (SCORE, None)]}
         return [(rule_of[key], key[1]) for key in self.keys]
 
 
 def key_bytes(rule: Rule, model: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of a rule's tensors in one layer."""
+    """Size in bytes of a rule's tensors in one layer."""
     return sum(math.prod(shape) for shape in rule.hf_shapes(model)) * dtype.itemsize
 
 
 def in_files(keys: Sequence[tuple[Rule, int | None]], model: ModelConfig, dtype: torch.dtype) -> list[list[Key]]:
-    """Consecutive keys, MAX_FILE_BYTES at most where one alone is not larger."""
+    """Split the keys, in order, into files of at most MAX_FILE_BYTES; a larger tensor gets a file of its own."""
     files: list[list[Key]] = [[]]
     filled = 0
     for rule, layer in keys:
@@ -67,12 +68,12 @@ def in_files(keys: Sequence[tuple[Rule, int | None]], model: ModelConfig, dtype:
 
 
 def head_key(model: ModelConfig) -> Key:
-    """Where a checkpoint has the output layer's rows."""
+    """The key of the output layer's weight in a checkpoint: the embedding's if they are tied."""
     return ((OUTPUT if model.untie_embeddings_and_output_weights else EMBEDDING).engine, None)
 
 
 def run_jobs(function: Callable[[Job], Any], jobs: Sequence[Job], processes: int, title: str) -> list[Any]:
-    """function(job) of each job, in `processes` processes; results in the jobs' order."""
+    """Run function(job) for each job in `processes` processes, with a progress bar; returns the results in order."""
     results = []
     with tqdm(total=sum(job.nbytes for job in jobs), desc=title, unit="B", unit_scale=True, disable=None) as bar:
         for job, result in zip(jobs, _results(function, jobs, min(processes, len(jobs)))):
@@ -91,13 +92,14 @@ def _results(function: Callable[[Job], Any], jobs: Sequence[Job], processes: int
 
 
 def check_room(folder: Path, jobs: Sequence[Job]) -> None:
-    """Refuse to begin where the disk is too full.
+    """Refuse to start if the disk has too little space for the output.
 
     Raises:
-        ConfigError: with what is needed and what is free.
+        ConfigError: gives the needed and the free space.
     """
-    while not folder.exists():
-        folder = folder.absolute().parent
-    needed, free = sum(job.nbytes for job in jobs) + SPARE_BYTES, shutil.disk_usage(folder).free
-    if free < needed:
-        raise ConfigError(f"--save: {needed / 1e9:.1f} GB are needed, {folder} has {free / 1e9:.1f} GB free. Make room first.")
+    check_free_space(folder, sum(job.nbytes for job in jobs), ConfigError, "--save", "Make room first.")
+
+
+def same_bits(found: Tensor, wanted: Tensor) -> bool:
+    """Whether two tensors of the same dtype are equal bit for bit."""
+    return torch.equal(found.contiguous().view(torch.uint8), wanted.contiguous().view(torch.uint8))

@@ -1,8 +1,7 @@
-"""What an exported folder holds beside the weights: configurations, tokenizer, the order rule, a model card."""
+"""The files of an exported folder other than the weights: configurations, tokenizer, gram_config.json, model card."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,16 +13,16 @@ from gram_engine.data.samples import label_ids
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import CheckpointError, ConfigError
-from gram_engine.files import read_json, write_atomically
+from gram_engine.files import read_json, write_atomically, write_json
 from gram_engine.hf.gram_config import CAUSAL_LM, GRAM_CONFIG, ORDER_RULE, PAIR_LOGIT, SCALAR, SCALAR_RULE
 from gram_engine.model.shapes import hf_config
 
 
 def label_ids_of(path: Path) -> tuple[int, int]:
-    """The label tokens that a checkpoint was trained with.
+    """The ids of the label tokens (A, B) that a checkpoint was trained with.
 
     Raises:
-        CheckpointError: its tokenizer gives others.
+        CheckpointError: the checkpoint's tokenizer gives other ids.
     """
     manifest = read_json(path / DATA_MANIFEST, CheckpointError, "Restore it from another checkpoint of the run.")
     tokenizer = Tokenizer.load("HuggingFaceTokenizer", path / TOKENIZER)
@@ -37,18 +36,20 @@ def label_ids_of(path: Path) -> tuple[int, int]:
 
 
 def write_hf_metadata_files(job: Job, config: Config, head: str, evaluation: Optional[str]) -> None:
-    """Write everything but the weights into the job's folder; fields of the folder that training began from are kept.
+    """Write all files but the weights into the job's folder.
+
+    Other fields of the config.json that training started from are kept.
 
     Args:
         head: CAUSAL_LM, PAIR_LOGIT or SCALAR.
-        evaluation: JSON file whose figures the model card shows.
+        evaluation: JSON report to show in the model card.
     """
     path, folder = job.checkpoint, job.folder
     Tokenizer.load("HuggingFaceTokenizer", path / TOKENIZER).save_pretrained(folder)
     tokenizer = Tokenizer.load("HuggingFaceTokenizer", folder)
     gram = _scalar_rules(path, tokenizer) if head == SCALAR else _judge_rules(path)
     source = _read_json(path / SOURCE / "config.json")
-    source.pop("auto_map", None)  # code of the folder that training began from
+    source.pop("auto_map", None)  # refers to code in the folder that training started from
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     described = hf_config(config.model, str(job.dtype).removeprefix("torch."), *ids.values())
     described |= {name: source[name] for name in (*ids, "initializer_range") if name in source}
@@ -57,18 +58,18 @@ def write_hf_metadata_files(job: Job, config: Config, head: str, evaluation: Opt
         described["architectures"] = [described["architectures"][0].replace("CausalLM", "SequenceClassification")]
         described |= {"num_labels": 1, "id2label": {"0": label}, "label2id": {label: 0}}
         described["pad_token_id"] = tokenizer.hf.pad_token_id if tokenizer.hf.pad_token_id is not None else tokenizer.eos_id
-    _write_json(folder / "config.json", {**source, **described})
+    write_json(folder / "config.json", {**source, **described})
     generation = _read_json(path / SOURCE / "generation_config.json") or {**ids, "do_sample": False}
     if head == CAUSAL_LM:
-        _write_json(folder / "generation_config.json", generation)
+        write_json(folder / "generation_config.json", generation)
     general = {"head": head, "seq_length": config.data.seq_length, "overlong": "truncate"}
-    _write_json(folder / GRAM_CONFIG, {**general, **gram})
+    write_json(folder / GRAM_CONFIG, {**general, **gram})
     with write_atomically(folder / "README.md") as handle:
         handle.write(_model_card(path, config, head, evaluation))
 
 
 def _judge_rules(path: Path) -> dict[str, Any]:
-    """How a judge prompt is written and read."""
+    """gram_config.json's fields for a generative model: the judge prompt and its label tokens."""
     template = JudgeTemplate.load(path / TEMPLATE)
     return {
         "template": template.to_dict(),
@@ -80,7 +81,10 @@ def _judge_rules(path: Path) -> dict[str, Any]:
 
 
 def _scalar_rules(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """How a text with one response is written; its tokenizer gets a token to pad with that ends no text."""
+    """gram_config.json's fields for a scalar head: the conversation format.
+
+    The tokenizer gets a padding token that is not an end-of-text token.
+    """
     manifest = read_json(path / DATA_MANIFEST, CheckpointError, "Restore it from another checkpoint of the run.")
     conversation = Conversation.from_dict(manifest.get("conversation"), str(path / DATA_MANIFEST))
     pad_id = conversation.pad_id(tokenizer)
@@ -91,10 +95,10 @@ def _scalar_rules(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def read_evaluation(file: str) -> dict[str, Any]:
-    """The figures of a JSON report of `gram score` or `gram evaluate`.
+    """The numbers in a JSON report of `gram score` or `gram evaluate`.
 
     Raises:
-        ConfigError: it is not one.
+        ConfigError: the file is not such a report.
     """
     remedy = "Give --evaluation the JSON report of `gram score` or `gram evaluate`."
     report = read_json(file, ConfigError, remedy)
@@ -131,11 +135,5 @@ def _model_card(path: Path, config: Config, head: str, evaluation: Optional[str]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """{} for a file that is not there."""
+    """The content of a JSON file, {} if there is no such file."""
     return read_json(path, CheckpointError, "Restore it from another checkpoint of the run.") if path.is_file() else {}
-
-
-def _write_json(path: Path, content: dict) -> None:
-    with write_atomically(path) as handle:
-        json.dump(content, handle, indent=1)
-        handle.write("\n")

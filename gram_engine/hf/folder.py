@@ -11,11 +11,15 @@ from gram_engine.config.schema import ModelConfig
 from gram_engine.errors import CheckpointError
 from gram_engine.files import read_json
 from gram_engine.hf.mapping import INDEX, OUTPUT, SCORE, SINGLE, hf_shapes
-from gram_engine.hf.safetensors_file import SafetensorsReader
+from gram_engine.hf.safetensors_file import Entry, SafetensorsReader
 
 
 class HuggingFaceFolder:
-    """Tensors of a folder by name; nothing is kept in memory but the files' headers."""
+    """Reads tensors of a folder by name; only the headers of the files are kept in memory.
+
+    Raises:
+        CheckpointError: the folder has no safetensors, or a file is missing or damaged.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -29,12 +33,16 @@ class HuggingFaceFolder:
             raise CheckpointError(f"{folder}: neither {INDEX} nor {SINGLE} is here. {_remedy(self.folder)}")
 
     def check(self, model: ModelConfig, other_head: str | None = None) -> torch.dtype:
-        """Compare names and shapes with what `model` needs, before any weight is read; returns the dtype of the weights.
+        """Compare names and shapes with those that `model` needs, before any weight is read.
 
-        `other_head` is the one tensor that stands for the output layer, where that has been replaced.
+        Args:
+            other_head: name of the tensor [1, hidden] that replaces the output layer, if there is one.
+
+        Returns:
+            The dtype of the weights.
 
         Raises:
-            CheckpointError: names every tensor that is missing or has no place, or the first of another shape.
+            CheckpointError: names the tensors that are missing or unknown, or the first one of another shape.
         """
         wanted = hf_shapes(model)
         if other_head is None and SCORE.engine in self.files:
@@ -45,7 +53,7 @@ class HuggingFaceFolder:
         if other_head:
             wanted.pop(OUTPUT.hf[0], None)
             wanted[other_head] = (1, model.hidden_size)
-        # Old conversions stored the rotary frequencies; with tied embeddings some folders repeat the output layer.
+        # Old conversions store the rotary frequencies; with tied embeddings some folders repeat the output layer.
         extra = {
             name
             for name in self.files.keys() - wanted.keys()
@@ -63,20 +71,19 @@ class HuggingFaceFolder:
                 )
         return self.entry(next(iter(wanted))).dtype
 
-    def entry(self, name: str):
-        """Dtype, shape and place of one tensor."""
+    def entry(self, name: str) -> Entry:
+        """Dtype, shape and offset of a tensor."""
         reader = self._reader(self.files[name])
         if name not in reader.entries:
             raise CheckpointError(f"{reader.path}: {name} is not here, but {INDEX} says so. Download the folder again.")
         return reader.entries[name]
 
     def read(self, name: str, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None) -> Tensor:
-        """One tensor, or some rows, and columns of a matrix, in its stored dtype."""
+        """A tensor in its stored dtype, or the half-open ranges `rows` and `columns` of it."""
         return self._reader(self.files[name]).read(name, rows, columns)
 
     def _read_index(self, index: Path) -> dict[str, str]:
-        """Tensor -> file. A file must lie in the folder by its name; where a link of that name leads is the user's affair
-        (the hub's cache is made of links)."""
+        """Tensor -> name of a file in the folder, which may be a symbolic link, as in the hub's cache."""
         files = read_json(index, CheckpointError, "Download it again.").get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
             raise CheckpointError(f"{index}: not an index of safetensors files: no weight_map of names. Download it again.")

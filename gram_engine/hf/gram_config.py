@@ -1,4 +1,4 @@
-"""gram_config.json, which an exported folder holds beside the weights: how a reward is read from the model."""
+"""gram_config.json of an exported folder: how a reward is computed from the model's output."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from gram_engine.files import read_json
 GRAM_CONFIG = "gram_config.json"
 PAIR_LOGIT, CAUSAL_LM, SCALAR = "pair-logit", "causal-lm", "scalar"
 ORDER_RULE = "reward of y1 against y2 = mean of p(A | y1, y2) and p(B | y2, y1), softmax over the two labels"
-_AGAIN = "Convert the checkpoint again."
 SCALAR_RULE = "reward of y = the logit at the last token of [x, y]; p(y1 better than y2) = sigmoid(reward of y1 - of y2)"
+_REMEDY = "Convert the checkpoint again."
 
 
 @dataclass(frozen=True)
 class GramConfig:
-    """What scoring needs of an exported folder's gram_config.json: template and label tokens, or, of a scalar head, the
-    conversation that it reads."""
+    """The fields of gram_config.json that scoring needs.
+
+    A generative model has a template and label ids (A, B), a scalar head has a conversation.
+    """
 
     seq_length: int
     template: Optional[JudgeTemplate] = None
@@ -30,25 +32,25 @@ class GramConfig:
 
 
 def read_gram_config(folder: str | Path) -> GramConfig:
-    """The folder's gram_config.json.
+    """Read and check the folder's gram_config.json.
 
     Raises:
-        ConfigError: it is missing, or not as it was written.
+        ConfigError: it is missing, invalid, or was changed after it was written.
     """
     path = Path(folder) / GRAM_CONFIG
     if not path.is_file():
         raise ConfigError(f"{path}: no such file. --model needs a folder written by `gram convert`.")
-    gram = read_json(path, ConfigError, _AGAIN)
+    gram = read_json(path, ConfigError, _REMEDY)
     seq_length = gram.get("seq_length")
     if type(seq_length) is not int or seq_length < 1:
-        raise ConfigError(f"{path}: not what `gram convert` writes: seq_length is missing or wrong. {_AGAIN}")
+        raise ConfigError(f"{path}: not what `gram convert` writes: seq_length is missing or wrong. {_REMEDY}")
     if gram.get("head") == SCALAR:
         return GramConfig(seq_length, conversation=Conversation.from_dict(gram.get("conversation"), str(path)))
     labels = gram.get("label_ids")
-    whole = isinstance(labels, list) and len(labels) == 2 and all(type(number) is int for number in labels)
-    if not whole or min(labels) < 0 or labels[0] == labels[1]:
-        raise ConfigError(f"{path}: not what `gram convert` writes: label_ids are missing or wrong. {_AGAIN}")
+    valid = isinstance(labels, list) and len(labels) == 2 and all(type(number) is int for number in labels)
+    if not valid or min(labels) < 0 or labels[0] == labels[1]:
+        raise ConfigError(f"{path}: not what `gram convert` writes: label_ids are missing or wrong. {_REMEDY}")
     template = JudgeTemplate.from_dict(gram.get("template"), str(path))
     if gram.get("template_sha256", template.sha256) != template.sha256:
-        raise ConfigError(f"{path}: the template was changed after it was written. {_AGAIN}")
+        raise ConfigError(f"{path}: the template was changed after it was written. {_REMEDY}")
     return GramConfig(seq_length, template, (labels[0], labels[1]))

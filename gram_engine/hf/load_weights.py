@@ -1,4 +1,4 @@
-"""Hugging Face folder -> the live model, at any layout; each process reads only the rows and columns it holds."""
+"""Hugging Face folder -> the model in memory, at any layout; each process reads only the rows and columns of its shards."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from gram_engine.model.lora import is_adapter
 
 @torch.no_grad()
 def load_hf_weights(chunks: list, folder: str | Path, config: Config) -> None:
-    """Fill this process's parameters from `folder`, converted to their dtype; vocabulary padding becomes zero.
+    """Load this process's parameters from `folder`, converted to their dtype; padding rows of the vocabulary become 0.
 
-    A scalar head is that of a ...ForSequenceClassification folder, and keeps its random start with a language model's; so do
-    adapters.
+    LoRA adapters keep their initial values.  A scalar head is loaded from a ...ForSequenceClassification folder; with the
+    folder of a language model it keeps its initial value.
 
     Raises:
-        CheckpointError: a tensor is missing, of another shape than config.json says, or has no place in the engine.
+        CheckpointError: a tensor is missing or unknown, or its shape is not the one that config.json gives.
     """
     source, model = HuggingFaceFolder(folder), config.model
     scored = not config.has_vocabulary_head and SCORE.engine in source.files

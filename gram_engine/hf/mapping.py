@@ -1,7 +1,7 @@
-"""One table between megatron-core's checkpoint keys and Hugging Face's LLaMA and Qwen3 names, read in both directions.
+"""The table of megatron-core's checkpoint keys and Hugging Face's LLaMA and Qwen3 names, used in both directions.
 
-Engine side: keys of a whole (unsharded) model as a torch_dist checkpoint holds them.  Tensors of the layers are stacked
-along a first axis; norms carry the name of the linear layer they precede, as in Transformer Engine's fused modules.
+The engine's side are the keys of an unsharded model in a torch_dist checkpoint.  Tensors of the layers are stacked along a
+first axis; norms have the name of the linear layer that follows, as in Transformer Engine's fused modules.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Piece = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Rule:
-    """One engine tensor and the Hugging Face tensors whose rows it is made of.
+    """A tensor of the engine and the Hugging Face tensors that it consists of.
 
-    `pieces(model)` lists runs of rows in the order in which the engine's tensor holds them, each row of each Hugging Face
-    tensor once; `columns(model)` is the second dimension, None for a vector.  Conversion in either direction only moves
-    rows, so a round trip is exact.
+    `pieces(model)` lists ranges of rows in their order in the engine's tensor, with each row of each Hugging Face tensor
+    once; `columns(model)` is the second dimension, None for a vector.  Conversion in either direction only moves rows, so a
+    round trip is exact.
     """
 
     engine: str
@@ -49,7 +49,7 @@ class Rule:
         return [(count,) if columns is None else (count, columns) for count in rows]
 
     def pieces_of_rows(self, start: int, end: int, model: ModelConfig) -> Iterator[Piece]:
-        """The pieces that rows [start, end) of the engine's tensor are made of; rows after the last are padding."""
+        """The pieces of rows [start, end) of the engine's tensor; rows after the last piece are padding."""
         position = 0
         for part, first, last in self.pieces(model):
             low, high = max(start, position), min(end, position + last - first)
@@ -58,7 +58,7 @@ class Rule:
             position += last - first
 
     def split(self, tensor: Tensor, model: ModelConfig) -> list[Tensor]:
-        """The Hugging Face tensors that a whole engine tensor (of one layer) holds; padding rows are left behind."""
+        """Split an unsharded engine tensor (of one layer) into the Hugging Face tensors; padding rows are dropped."""
         if len(self.hf) == 1:
             return [tensor[: self.hf_shapes(model)[0][0]]]
         parts = [tensor.new_empty(shape) for shape in self.hf_shapes(model)]
@@ -69,7 +69,7 @@ class Rule:
         return parts
 
     def join(self, parts: list[Tensor], model: ModelConfig) -> Tensor:
-        """The engine tensor (of one layer, without padding) made of whole Hugging Face tensors: the inverse of `split`."""
+        """Join Hugging Face tensors to the engine tensor (of one layer, without padding): the inverse of `split`."""
         if len(self.hf) == 1:
             return parts[0]
         return torch.cat([parts[part][first:end] for part, first, end in self.pieces(model)])
@@ -152,7 +152,7 @@ QK_NORM_RULES = tuple(
 EMBEDDING = _direct("embedding.word_embeddings.weight", "model.embed_tokens.weight", _vocabulary, _hidden)
 OUTPUT = _direct("output_layer.weight", "lm_head.weight", _vocabulary, _hidden)
 SCORE = _direct(SCALAR_HEAD, SCALAR_HEAD, _one, _hidden)
-"""The scalar head; it stands for the output layer in Hugging Face's ...ForSequenceClassification."""
+"""The scalar head; it replaces the output layer in Hugging Face's ...ForSequenceClassification."""
 FINAL_NORM = _direct("decoder.final_layernorm.weight", "model.norm.weight", _hidden, _vector)
 
 

