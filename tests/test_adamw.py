@@ -1,4 +1,4 @@
-"""Our AdamW against torch's, and its state's layout."""
+"""Our AdamW against torch's, and the layout of its state."""
 
 import torch
 
@@ -20,7 +20,7 @@ def test_equals_torch_adamw():
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_step_lives_in_the_group_and_only_moments_in_the_state():
+def test_step_is_in_the_group_and_only_moments_in_the_state():
     parameter = torch.ones(2, requires_grad=True)
     optimizer = AdamW([parameter])
     parameter.grad = torch.ones(2)
@@ -29,7 +29,7 @@ def test_step_lives_in_the_group_and_only_moments_in_the_state():
     assert set(optimizer.state[parameter]) == {"exp_avg", "exp_avg_sq"}
 
 
-def test_parameters_without_gradient_stay():
+def test_parameters_without_gradient_do_not_change():
     parameter = torch.ones(2, requires_grad=True)
     AdamW([parameter], weight_decay=0.5).step()
     assert torch.equal(parameter, torch.ones(2))

@@ -1,4 +1,4 @@
-"""Hugging Face folder -> checkpoint -> Hugging Face folder by `gram convert`, the other head, and what may go wrong."""
+"""Hugging Face folder -> checkpoint -> Hugging Face folder by `gram convert`, the pair-logit head, and errors."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ GENERATION = {"bos_token_id": 1, "eos_token_id": [2, 5], "do_sample": True, "tem
 
 
 def write_source(folder, tiny_data, kind="llama3-8", tied=False, dtype=torch.float32):
-    """A folder as one downloads it: weights, configuration with fields of its own, tokenizer."""
+    """A folder like a downloaded one: weights, a configuration with additional fields, tokenizer."""
     tokenizer = Tokenizer.load("auto", tiny_data["tokenizer"])
     write_hf_model(folder, tokenizer.vocab_size, tied, kind, dtype)
     tokenizer.save_pretrained(folder)
@@ -48,7 +48,7 @@ def assert_same_weights(one, other):
 
 
 def weights_of(prefix, tokenizer, start):
-    """This process's parameters as a run begins with them."""
+    """The initial parameters of this process in a run."""
     from gram_engine.config.parse import parse
     from gram_engine.model.shapes import resolve_shape
 
@@ -132,7 +132,7 @@ def test_verify_finds_a_changed_bit(tiny_data, tmp_path):
         export_hf._verify_shard(replace(job))
 
 
-def test_a_full_disk_is_foreseen(tiny_data, tmp_path, monkeypatch):
+def test_a_full_disk_is_detected_before_writing(tiny_data, tmp_path, monkeypatch):
     source = write_source(tmp_path / "source", tiny_data)
     path = import_checkpoint(source, tmp_path / "run", template=str(TEMPLATE))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
@@ -161,7 +161,7 @@ command.main(sys.argv[1:])
 """
 
 
-def test_a_kill_leaves_nothing_that_looks_complete_and_the_next_run_succeeds(tiny_data, tmp_path):
+def test_a_killed_conversion_leaves_no_complete_output_and_the_next_one_succeeds(tiny_data, tmp_path):
     source = write_source(tmp_path / "source", tiny_data)
     to_engine = ["--from", "hf", "--load", source, "--save", tmp_path / "run", "--template", TEMPLATE]
     to_hf = ["--load", tmp_path / "whole", "--save", tmp_path / "out"]

@@ -1,4 +1,4 @@
-"""The mapping table alone, and what import says of folders that do not fit."""
+"""The mapping table, and the errors for folders that do not fit their configuration."""
 
 import json
 
@@ -89,7 +89,7 @@ def test_folder_that_does_not_fit_its_config_is_refused(change, message, tmp_pat
         source.check(ModelConfig(**shape_from_hf(tmp_path)))
 
 
-def test_tensors_that_hold_no_weights_of_their_own_are_let_pass(tmp_path):
+def test_redundant_tensors_are_ignored(tmp_path):
     def repeat(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)

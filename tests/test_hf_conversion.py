@@ -1,4 +1,4 @@
-"""Hugging Face LLaMA in and out: logits equal transformers', and a round trip at any layout is exact to the bit."""
+"""Hugging Face LLaMA in and out: logits equal transformers', and a round trip at any layout is exact, bit for bit."""
 
 import json
 
@@ -20,7 +20,7 @@ def packed_logits(prefix, tokenizer, folder, lengths, tokens):
 
 
 def hf_run(prefix, tokenizer, folder, flags=""):
-    """The tiny run's configuration, with the shape and the weights of a Hugging Face folder instead."""
+    """The tiny run's configuration with the shape and the weights of a Hugging Face folder."""
     from gram_engine.config.parse import parse
     from gram_engine.model.shapes import resolve_shape
 
@@ -147,10 +147,10 @@ def test_export_in_shards_and_another_dtype_loads_with_transformers(pool, tiny_d
     part.unlink()
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp is missing"):
         export_hf.export_hf(tmp_path / "checkpoint", tmp_path / "again")
-    assert not [path for path in tmp_path.iterdir() if "again" in path.name], "nothing half-written stays behind"
+    assert not [path for path in tmp_path.iterdir() if "again" in path.name], "no incomplete folder remains"
 
 
-def test_exported_folder_scores_as_any_server_would(pool, tiny_data, tmp_path):
+def test_scores_of_an_exported_folder_equal_those_by_transformers(pool, tiny_data, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from gram_engine.convert.export_hf import export_hf
@@ -166,7 +166,7 @@ def test_exported_folder_scores_as_any_server_would(pool, tiny_data, tmp_path):
     scorer = RewardModelScorer.from_pretrained(folder)
     comparison = ("one", "red blue", "green")
 
-    # The margin is the difference of the two label tokens' logits of the text as any server would tokenise it.
+    # The margin is the difference of the two label tokens' logits, with the text tokenised as by any server.
     text = scorer.template.judge(*comparison)
     logits = model(**tokenizer(text, return_tensors="pt")).logits[0, -1]
     label_a, label_b = json.load(open(folder / "gram_config.json"))["label_ids"]

@@ -1,4 +1,4 @@
-"""LoRA: the same at every layout, as transformers with hand-written adapters, exact in checkpoints and after merging."""
+"""LoRA: equal at every layout, equal to transformers with hand-written adapters, exact in checkpoints and after merging."""
 
 import json
 import re
@@ -35,7 +35,7 @@ RUNS = [("stage2", layout) for layout in LAYOUTS] + [("stage1", layout) for layo
 
 
 def parameters(trainer, adapters: bool) -> dict:
-    """This rank's adapters, or all else."""
+    """This rank's adapters, or its other parameters."""
     return {
         f"{index}.{name}": value
         for index, chunk in enumerate(trainer.model)
@@ -45,12 +45,12 @@ def parameters(trainer, adapters: bool) -> dict:
 
 
 def curve(prefix, tokenizer_model, flags):
-    """Losses and gradient norms of some steps; only the adapters may move, or have gradients and optimizer state."""
+    """Losses and gradient norms of some steps; only the adapters may change, and have gradients and optimizer state."""
     trainer = tiny_trainer(tiny_config(prefix, tokenizer_model, flags))
     before = {name: value.clone() for name, value in parameters(trainer, adapters=False).items()}
     steps = train_steps(trainer, STEPS)
     after, adapters = parameters(trainer, adapters=False), parameters(trainer, adapters=True)
-    assert all(torch.equal(value, after[name]) for name, value in before.items()), "the base moved"
+    assert all(torch.equal(value, after[name]) for name, value in before.items()), "the base changed"
     assert not any(hasattr(value, "main_grad") or value.requires_grad for value in after.values())
     assert all(value.any() for value in adapters.values()), "an adapter was not trained"
     buffered = [value for chunk in trainer.model for buffer in chunk.buffers for value in buffer.params]
@@ -83,7 +83,7 @@ def test_layout_equals_one_process_and_the_base_stays(stage, layout, pool, tiny_
 
 
 def untrained_b(trainer, _batch):
-    """B is zero at first, and then A has no gradient: give each a value of its own, the same at every layout."""
+    """Set B to the same value at every layout; with the initial zeros A would have no gradient."""
     for name, value in parameters(trainer, adapters=True).items():
         if name.endswith("linear_out.weight"):
             value.data.fill_(0.02)
@@ -116,7 +116,7 @@ def hf_run(prefix, tokenizer, flags):
 
 
 def trained_from_hf(prefix, tokenizer, flags):
-    """What a run of STEPS saw and did; it ends with a checkpoint."""
+    """Train for STEPS and save: the curve, the initial values of A, the batches and the label ids."""
     trainer = tiny_trainer(hf_run(prefix, tokenizer, flags))
     weights = parameters(trainer, adapters=True)
     first_a = {
@@ -219,7 +219,7 @@ def resumed(prefix, tokenizer, flags, folder):
 
 
 def starts(prefix, tokenizer, runs):
-    """For each run's flags: sums of squares of its adapters and of its other weights at the start, or why it does not start."""
+    """For each run's flags: sums of squares of its adapters and other weights at the start, or the error of the start."""
     from megatron.core import parallel_state
 
     found = []
@@ -238,7 +238,7 @@ def starts(prefix, tokenizer, runs):
 
 
 def test_checkpoints(pool, tiny_data, tmp_path):
-    """Resumed bit for bit, at other layouts within 1e-5; as a starting point with its adapters or with fresh ones."""
+    """Resuming is exact bit for bit, within 1e-5 at other layouts; a new run keeps the adapters or starts with new ones."""
     run, full = tmp_path / "run", tmp_path / "full"
     data, flags = (tiny_data["stage2"], tiny_data["tokenizer"]), f"{STAGES['stage2']} --use-distributed-optimizer"
     layout = f"{flags} {SP} --pipeline-model-parallel-size 2"
@@ -264,7 +264,7 @@ def test_checkpoints(pool, tiny_data, tmp_path):
 
 
 def fused_norm_difference():
-    """A linear layer that norms its own input, as Transformer Engine's do, against a norm before megatron-core's."""
+    """A linear layer with a fused norm, as Transformer Engine has, against a separate norm before megatron-core's layer."""
     import torch.nn.functional as F
     from megatron.core.tensor_parallel import ColumnParallelLinear
 

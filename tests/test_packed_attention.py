@@ -1,4 +1,4 @@
-"""packed_attention against attention written out in float64: whole sequences, tails of shared beginnings, rows without keys."""
+"""packed_attention against naive attention in float64: whole sequences, shared prefixes, rows that are not keys."""
 
 import contextlib
 import math
@@ -11,10 +11,10 @@ from tests.support import flash_emulation
 
 HEADS, GROUPS, DIM = 4, 2, 8
 CASES = {
-    # queries of each sequence, rows of each sequence's keys, rows that there are
+    # number of queries per sequence, key rows per sequence, number of rows
     "whole sequences": ([3, 1, 7], [range(0, 3), range(3, 4), range(4, 11)], 11),
-    "label rows, and padding behind": ([1, 1], [range(0, 5), range(5, 7)], 12),
-    "tails of a shared beginning": ([6, 3, 1], [range(0, 6), range(0, 9), [*range(0, 6), 9]], 10),
+    "label rows, then padding": ([1, 1], [range(0, 5), range(5, 7)], 12),
+    "shared prefix": ([6, 3, 1], [range(0, 6), range(0, 9), [*range(0, 6), 9]], 10),
     "chunks of a context-parallel process": ([2, 2, 3, 3], [[0, 1], [0, 1, 4, 5, 6, 7, 2, 3], range(8, 11), range(8, 20)], 20),
     "a sequence without queries": ([2, 0, 1], [range(0, 2), range(2, 4), range(4, 6)], 6),
 }
@@ -26,24 +26,24 @@ def bounds_of(queries, keys):
     return AttentionBounds.of_rows(*numbers)
 
 
-def written_out(query, key, value, queries, keys):
-    """Query by query: its scores with the keys it sees, their softmax, the mean of the values."""
-    outputs, at = [], 0
-    for asked, rows in zip(queries, keys):
+def naive_attention(query, key, value, queries, keys):
+    """One query and one head at a time."""
+    outputs, position = [], 0
+    for count, rows in zip(queries, keys):
         rows = list(rows)
-        for number in range(asked):
-            seen = rows[: len(rows) - (asked - 1 - number)]
+        for number in range(count):
+            visible = rows[: len(rows) - (count - 1 - number)]
             for head in range(HEADS):
                 group = head * GROUPS // HEADS
-                scores = key[seen, group] @ query[at, head] / math.sqrt(DIM)
-                outputs.append(scores.softmax(0) @ value[seen, group])
-            at += 1
+                scores = key[visible, group] @ query[position, head] / math.sqrt(DIM)
+                outputs.append(scores.softmax(0) @ value[visible, group])
+            position += 1
     return torch.stack(outputs).view(-1, HEADS, DIM)
 
 
-@pytest.mark.parametrize("kernel", ["one by one", "flash contract"])
+@pytest.mark.parametrize("kernel", ["sequence by sequence", "flash contract"])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_attention_written_out(case, kernel):
+def test_equals_naive_attention(case, kernel):
     queries, keys, rows = CASES[case]
     generator = torch.Generator().manual_seed(0)
     shapes = (sum(queries), HEADS, DIM), (rows, GROUPS, DIM), (rows, GROUPS, DIM)
@@ -53,14 +53,14 @@ def test_equals_attention_written_out(case, kernel):
     for ours in (True, False):
         parts = [tensor.clone().requires_grad_() for tensor in tensors]
         with flash_emulation.flash_attention() if kernel == "flash contract" else contextlib.nullcontext():
-            out = packed_attention(*parts, bounds_of(queries, keys)) if ours else written_out(*parts, queries, keys)
+            out = packed_attention(*parts, bounds_of(queries, keys)) if ours else naive_attention(*parts, queries, keys)
         results.append([out, *torch.autograd.grad(out, parts, upstream)])
     for found, wanted in zip(*results):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_rows_behind_the_bounds_get_no_gradient():
-    """Also where memory holds NaN there, as it may behind what flash attention writes."""
+def test_rows_after_the_last_sequence_get_no_gradient():
+    """Not even if they hold NaN, as uninitialised memory may."""
     key = torch.randn(9, GROUPS, DIM)
     key[7:] = math.nan
     parts = [torch.randn(2, HEADS, DIM), key, key.clone()]
@@ -72,8 +72,8 @@ def test_rows_behind_the_bounds_get_no_gradient():
     assert not gradients[1][7:].any() and not gradients[2][7:].any()
 
 
-def test_the_emulation_is_not_kinder_than_the_kernel():
-    """What a caller without packed_attention's care would get: NaN behind the bounds, and refusals."""
+def test_the_emulation_fails_where_the_kernel_fails():
+    """Rows after the last sequence get NaN gradients, and invalid arguments are refused."""
     query, key = torch.randn(2, HEADS, DIM, requires_grad=True), torch.randn(9, GROUPS, DIM, requires_grad=True)
     bounds = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([0, 5, 7], dtype=torch.int32)
     out = flash_emulation.varlen_attention(query, key, key, *bounds, 1, 5)
@@ -98,7 +98,7 @@ def test_no_queries_stay_in_the_graph():
     assert not torch.autograd.grad(out.sum(), key)[0].any()
 
 
-def test_another_number_of_queries_is_refused():
+def test_a_wrong_number_of_queries_is_refused():
     key = torch.randn(4, GROUPS, DIM)
     with pytest.raises(ValueError, match="3 queries for sequences that have 4"):
         packed_attention(torch.randn(3, HEADS, DIM), key, key, bounds_of([4], [range(4)]))

@@ -1,4 +1,4 @@
-"""The device and megatron-core's two lines: what is refused, and that no CUDA call lacks an answer on a CPU."""
+"""The device, the two releases of megatron-core, and the proxy that implements megatron-core's CUDA calls on a CPU."""
 
 import ast
 import importlib.metadata
@@ -16,14 +16,14 @@ from gram_engine.platform import stack
 from gram_engine.platform.cpu import CudaOnCpu, TorchOnCpu
 from gram_engine.platform.device import Platform
 
-# Calls that never run on CPU, each with the reason; a call that is neither answered nor listed here fails the test.
+# Calls that a CPU never reaches, with the reason; a call that is neither implemented nor listed here fails the test.
 NOT_REACHED = {
     **dict.fromkeys(("CUDAGraph", "graph", "graph_pool_handle", "set_stream", "_sleep"), "CUDA graphs are off"),
     **dict.fromkeys(("_lazy_call", "_lazy_init", "default_generators", "device"), "tensor_parallel.random: replaced"),
     **dict.fromkeys(("memory", "MemPool", "use_mem_pool", "memory_stats", "mem_get_info"), "memory pools of GPUs"),
     **dict.fromkeys(("memory_reserved", "max_memory_reserved"), "memory reports of GPUs"),
     **dict.fromkeys(("device_memory_used", "memory_snapshot"), "memory reports of inference, which is not used"),
-    **dict.fromkeys(("get_device_properties", "get_device_capability", "get_device_name"), "asked only of GPUs"),
+    **dict.fromkeys(("get_device_properties", "get_device_capability", "get_device_name"), "called for GPUs only"),
     **dict.fromkeys(("temperature", "power_draw", "utilization", "clock_rate"), "straggler detection is off"),
     **dict.fromkeys(("FloatTensor", "HalfTensor", "BFloat16Tensor", "BoolTensor"), "names of types, no device needed"),
     "OutOfMemoryError": "a class to catch, the same everywhere",
@@ -38,7 +38,7 @@ def engine_modules():
 
 
 def literal_cuda_devices(source: str):
-    """Calls other than torch's factories that are given device="cuda" in so many letters."""
+    """Calls other than torch's factories that are given the literal device="cuda"."""
     for node in ast.walk(ast.parse(source)):
         for keyword in node.keywords if isinstance(node, ast.Call) else []:
             literal = keyword.arg == "device" and isinstance(keyword.value, ast.Constant) and keyword.value.value == "cuda"
@@ -48,7 +48,7 @@ def literal_cuda_devices(source: str):
 
 
 def cuda_calls(source: str):
-    """Attributes that a module takes from torch.cuda."""
+    """Attributes of torch.cuda that a module uses."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute):
             inner = node.value
@@ -122,7 +122,7 @@ def test_factories_make_cpu_tensors(device):
 
 
 def install(package: str, version: str, folder: Path) -> None:
-    """As far as importlib sees it."""
+    """Create an empty package with metadata, as importlib sees an installed one."""
     module, metadata = folder / package.replace("-", "_"), folder / f"{package.replace('-', '_')}-{version}.dist-info"
     module.mkdir()
     metadata.mkdir()
@@ -213,5 +213,5 @@ def names_with_strides():
     return {name: (tuple(tensor.global_shape), tensor.dtype) for name, tensor in found.items()}
 
 
-def test_properties_that_torch_2_15_stores_are_no_hindrance(pool):
+def test_properties_that_torch_2_15_stores_are_ignored(pool):
     assert pool.run(names_with_strides, 1)[0] == {"weight": ((2, 3), torch.float32)}

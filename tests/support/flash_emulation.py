@@ -1,8 +1,8 @@
-"""Flash attention's varlen kernel on the CPU, with the parts of its contract that a careless caller breaks.
+"""Emulation of flash attention's varlen kernel on the CPU, including what the kernel leaves undefined.
 
-Rows that the real kernel does not write hold whatever memory held: here NaN, in the output as in dq, dk and dv.  Inputs that it
-refuses raise.  In between it is ordinary attention, one sequence after the other, with a causal mask aligned at the bottom
-right, in the dtype of the query; any dtype is taken, so that float32 runs can be compared.
+Rows that the real kernel does not write are uninitialised; here they are NaN, in the output and in dq, dk and dv.  Arguments
+that the kernel refuses raise an error.  Otherwise it is ordinary attention, sequence by sequence, with a causal mask aligned at
+the bottom right.  Unlike the kernel it accepts every dtype, so that float32 runs can be compared.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from unittest import mock
 import torch
 
 calls: list[int] = []
-"""Number of rows behind the last bound of each call, queries and keys together; the contract of packed_attention is 0."""
+"""Rows after the last sequence in each call, queries and keys together; packed_attention promises 0."""
 
 
 def flash_attention():
-    """Context manager: packed_attention takes the emulation on the CPU."""
+    """Context manager: packed_attention uses the emulation on the CPU."""
     from gram_engine.kernels import attention
 
     calls.clear()
@@ -25,14 +25,14 @@ def flash_attention():
 
 
 def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
-    """As flash_attn_varlen_func(..., causal=True)."""
+    """Like flash_attn_varlen_func(..., causal=True)."""
     check(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     calls.append(len(query) - int(cu_seqlens_q[-1]) + len(key) - int(cu_seqlens_k[-1]))
     return _Varlen.apply(query, key, value, cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), max_seqlen_q, max_seqlen_k)
 
 
 def check(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> None:
-    """What flash attention checks before it launches, and what it would read out of bounds."""
+    """The checks of flash attention, and checks for arguments that would make it read out of bounds."""
     for name, part in (("query", query), ("key", key), ("value", value)):
         _refuse_unless(part.dim() == 3, f"{name} must be [tokens, heads, dim], not {tuple(part.shape)}")
         _refuse_unless(part.stride(-1) == 1, f"{name}: the last dimension must be contiguous, strides {part.stride()}")
@@ -73,12 +73,12 @@ class _Varlen(torch.autograd.Function):
         tensors = ctx.saved_tensors
         gradients = [torch.full(tensor.shape, math.nan, dtype=tensor.dtype) for tensor in tensors]
         for a, b, c, d in _sequences(ctx):
-            places = slice(a, b), slice(c, d), slice(c, d)
-            parts = [tensor[place].detach().requires_grad_() for tensor, place in zip(tensors, places)]
+            slices = slice(a, b), slice(c, d), slice(c, d)
+            parts = [tensor[rows].detach().requires_grad_() for tensor, rows in zip(tensors, slices)]
             with torch.enable_grad():
                 found = torch.autograd.grad(_attend(*parts), parts, upstream[a:b])
-            for gradient, place, part in zip(gradients, places, found):
-                gradient[place] = part
+            for gradient, rows, part in zip(gradients, slices, found):
+                gradient[rows] = part
         return *gradients, None, None, None, None
 
 
@@ -88,7 +88,7 @@ def _sequences(ctx):
 
 
 def _attend(query, key, value):
-    """[queries, heads, dim]; query j of n sees all keys but the last n - 1 - j, and none where there are none."""
+    """[queries, heads, dim]; query j of n attends to all keys except the last n - 1 - j."""
     groups = query.shape[1] // key.shape[1]
     key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(query.shape[-1])
