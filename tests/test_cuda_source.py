@@ -1,4 +1,4 @@
-"""csrc/pair_loss.cu itself, compiled for the CPU (tests/simt), against the float64 reference; and faults that must be found."""
+"""csrc/pair_loss.cu, compiled for the CPU (tests/simt), against the float64 reference; planted faults must be detected."""
 
 import contextlib
 import importlib.util
@@ -18,11 +18,11 @@ from tests.support.kernels import NORM_EPS, draw
 ROOT = Path(__file__).parents[1]
 SOURCE = (ROOT / "csrc" / "pair_loss.cu").read_text()
 TOLERANCES = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
-HALF_UNIT = {torch.bfloat16: 2**-9, torch.float16: 2**-11}  # what rounding the gradient of the rows may cost
+HALF_UNIT = {torch.bfloat16: 2**-9, torch.float16: 2**-11}  # relative error of rounding the gradient of the rows
 NAMES = ("loss", "margin", "rstd", "dloss_dmargin", "grad_rows", "grad_direction")
-GUARD = 4096  # elements before and behind each tensor; more than a block or a row that is off by one can reach
+GUARD = 4096  # elements before and after each tensor; more than a block or row that is off by one can reach
 
-# name: text of the source, what stands there instead, and how that shows
+# name: text of the source, its replacement, and the start of the resulting error
 FAULTS = {
     "no barrier": ("  __syncthreads();\n", "", "^loss"),
     "wrong shuffle distance": ("int step = 16;", "int step = 8;", "^loss"),
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to c
 
 
 def on_cpu(source: str, folder: Path):
-    """The module gram_engine/kernels/cuda.py beside a library made of `source`, which runs on the CPU."""
+    """The module gram_engine/kernels/cuda.py with a library compiled from `source` for the CPU."""
     text, launches = re.subn(r"(\w+<T, A>)<<<(.+?)>>>\(", r"simt::launch(\2, \1, ", source)
     assert launches == 2, "csrc/pair_loss.cu launches its kernels in another way than this test knows"
     (folder / "pair_loss.cpp").write_text(text)
@@ -99,9 +99,9 @@ def by_reference(hidden, rows, *vectors, norm_eps):
 
 
 def compare(cuda, dtype, tokens, size, with_rows, norm_eps):
-    """Raises AssertionError or RuntimeError where the kernels do not do what the reference does.
+    """Raises AssertionError or RuntimeError if the kernels differ from the reference.
 
-    The rows lie apart, and NaN stands in the gaps, in rows that no label names, and around every tensor.
+    There are gaps between the rows, and NaN in these gaps, in rows without a label, and around every tensor.
     """
     wide = torch.promote_types(dtype, torch.float32)
     rows = torch.tensor([tokens - 1, 0, -1, 0, tokens // 2]) if with_rows else None
@@ -113,9 +113,9 @@ def compare(cuda, dtype, tokens, size, with_rows, norm_eps):
     upstream = draw(labels, seed=2).cpu().to(wide)
     wanted = by_reference(hidden, rows, direction, preference, upstream, norm_eps=norm_eps)
 
-    apart = torch.full((tokens, size + 3), math.nan, dtype=dtype)
-    apart[used, :size] = hidden[used]
-    floats = [guarded(tensor, guard=math.nan)[0] for tensor in (apart, direction, preference, upstream)]
+    with_gaps = torch.full((tokens, size + 3), math.nan, dtype=dtype)
+    with_gaps[used, :size] = hidden[used]
+    floats = [guarded(tensor, guard=math.nan)[0] for tensor in (with_gaps, direction, preference, upstream)]
     rows = None if rows is None else guarded(rows, guard=-1)[0]
     found = run(cuda, floats[0][:, :size], rows, *floats[1:], norm_eps)
     for name, ours, theirs in zip(NAMES, found, wanted):
@@ -155,7 +155,7 @@ def test_results_do_not_depend_on_the_order_of_threads(cuda):
 
 
 def test_a_position_beyond_two_to_the_31_elements(cuda):
-    """Memory that is never touched takes no room: only the last row is."""
+    """Only the last row is accessed; memory that is never accessed is not allocated."""
     hidden = torch.empty(2**31 // 4096 + 2, 4096, dtype=torch.bfloat16)
     hidden[-1] = draw(4096).cpu().bfloat16()
     arguments = (draw(4096, seed=1).cpu().float(), torch.ones(1), torch.ones(1), NORM_EPS)
@@ -171,13 +171,13 @@ def planted(old: str, new: str) -> str:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_found(fault, tmp_path):
+def test_a_planted_fault_is_detected(fault, tmp_path):
     old, new, shows = FAULTS[fault]
     broken = on_cpu(planted(old, new), tmp_path)
     with pytest.raises((AssertionError, RuntimeError), match=shows):
         compare(broken, torch.float32, 7, 257, True, NORM_EPS)
 
 
-def test_a_fault_that_the_source_has_no_place_for_is_told():
+def test_a_fault_that_cannot_be_planted_is_reported():
     with pytest.raises(AssertionError, match="0 times: this fault cannot be planted"):
         planted("no such line", "")

@@ -23,7 +23,7 @@ def problem(dtype=torch.float64, padding=0, scale=3.0):
 
 
 def loss_and_gradient(logits, targets, valid, smoothing=0.0, shards=1):
-    """By the kernels, over `shards` pieces of the vocabulary as tensor-parallel processes would hold them."""
+    """(loss, gradient) by the kernels, with the vocabulary split into `shards` as over tensor-parallel processes."""
     pieces = [piece.clone() for piece in logits.chunk(shards, dim=1)]
     stats, locals_ = [], []
     first = 0

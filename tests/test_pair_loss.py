@@ -18,7 +18,7 @@ def implementation(request, monkeypatch):
 
 
 def problem(labels=7, hidden=64, tokens=None, dtype=torch.float64, scale=1.0):
-    """hidden rows, label rows' positions (None: all), norm weight, rows of A and B, preferences (1, 0, 1, 0, 1/2 ...)."""
+    """(hidden rows, row of each label or None for all, norm weight, rows of A and B, preferences (1, 0, 1, 0, 1/2 ...))."""
     x = draw(tokens or labels, hidden, scale=scale).to(dtype)
     rows = None if tokens is None else torch.randperm(tokens, generator=torch.Generator().manual_seed(3))[:labels].to(DEVICE)
     norm_weight = (1 + draw(hidden, seed=1, scale=0.1)).to(dtype)
@@ -212,7 +212,7 @@ def test_a_row_given_twice_counts_twice(implementation):
 
 
 def test_positions_beyond_two_to_the_31_elements(implementation):
-    """Memory that is never touched takes no room: only the last row is."""
+    """Only the last row is accessed; memory that is never accessed is not allocated."""
     hidden = torch.empty(2**31 // 4096 + 2, 4096, dtype=torch.bfloat16, device=DEVICE)
     hidden[-1] = draw(4096).bfloat16()
     direction, wanted = draw(4096, seed=1).float(), torch.ones(1, device=DEVICE)

@@ -60,7 +60,8 @@ def import_checkpoint(
     config = Config()
     config.model.load_hf, config.data.template = str(folder), template
     resolve_shape(config)
-    manifest = _manifest(config)
+    tokenizer = Tokenizer.load(config.data.tokenizer_type, config.data.tokenizer_model)
+    manifest = _manifest(config, tokenizer)
     stored = HuggingFaceFolder(folder).check(config.model)
     final = iteration_folder(save, 0)
     temporary = final.with_suffix(".tmp")
@@ -72,7 +73,7 @@ def import_checkpoint(
     temporary.mkdir(parents=True)
     try:
         places = run_jobs(_write, jobs, processes, "write")
-        write_metadata_files(temporary, config, manifest, _tokenizer(config))
+        write_companions(temporary, config, manifest, tokenizer)
         _complete(temporary, config, dtype, {place: where for of_file in places for place, where in of_file.items()})
         if verify:
             run_jobs(_verify, jobs, processes, "verify")
@@ -84,16 +85,12 @@ def import_checkpoint(
     return final
 
 
-def _manifest(config: Config) -> dict:
+def _manifest(config: Config, tokenizer: Tokenizer) -> dict:
     template = JudgeTemplate.load(config.data.template)
     return {
         "template": {**template.to_dict(), "sha256": template.sha256},
-        "label_ids": list(label_ids(_tokenizer(config), template)),
+        "label_ids": list(label_ids(tokenizer, template)),
     }
-
-
-def _tokenizer(config: Config) -> Tokenizer:
-    return Tokenizer.load(config.data.tokenizer_type, config.data.tokenizer_model)
 
 
 def _tensors(job: Job) -> Iterator[tuple[Key, Tensor]]:

@@ -1,14 +1,14 @@
 // Runs the kernels of a CUDA source on the CPU, so that tests can check their results on a machine without a GPU.
 //
-// The blocks of a grid run one after the other.  Each thread of a block is a fiber: it has a stack of its own, runs until it
-// comes to a barrier or a shuffle, and goes on when all threads that must meet there (the block, or its warp) have come or
-// have ended.  A warp runs as far as it can before the next warp starts; the order of the warps, and of the threads in a
-// warp, is drawn anew each time.  So a kernel that reads what another thread writes without a barrier between them gives a
-// wrong result, and one whose threads wait for each other forever gives an error instead of hanging.
+// The blocks of a grid run one after the other.  Each thread of a block is a fiber with a stack of its own.  It runs until it
+// reaches a barrier or a shuffle, and continues when all threads of the block (or of its warp) have reached it or have ended.
+// A warp runs as far as it can before the next warp starts; the order of the warps, and of the threads in a warp, is random.
+// A kernel that reads what another thread writes without a barrier in between therefore gives a wrong result, and a kernel
+// whose threads wait for each other forever gives an error instead of hanging.
 //
-// `kernel<<<grid, block, 0, stream>>>(arguments)` is not C++: tests/test_cuda_source.py writes `simt::launch(...)` instead,
-// and changes nothing else.  Only what csrc/pair_loss.cu uses is here: one-dimensional grids and blocks, static shared
-// memory, barriers, shuffles by whole warps.  Speed, alignment and races between blocks cannot be seen this way.
+// `kernel<<<grid, block, 0, stream>>>(arguments)` is not C++: tests/test_cuda_source.py replaces it by `simt::launch(...)`,
+// and changes nothing else.  Only what csrc/pair_loss.cu uses is implemented: one-dimensional grids and blocks, static shared
+// memory, barriers, and shuffles of whole warps.  Speed, alignment and races between blocks cannot be tested this way.
 #pragma once
 #include <math.h>  // like nvcc: sqrt(float) is a float
 #include <ucontext.h>
@@ -58,7 +58,7 @@ inline const void* thread_arguments;
 inline uint32_t random_state = 1;
 inline cudaError_t last_error = cudaSuccess;
 
-// The running fiber hands over to the scheduler; returns when it may go on.
+// Switches from the running fiber to the scheduler; returns when the fiber may continue.
 inline void wait_at(Place place) {
   Fiber& fiber = fibers[threadIdx.x];
   fiber.place = place;

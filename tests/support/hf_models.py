@@ -1,4 +1,4 @@
-"""Small random LLaMA and Qwen3 folders as transformers writes them."""
+"""Small random LLaMA and Qwen3 folders, written by transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of the kernels share: the implementations, and problems with an answer from the definition in float64."""
+"""Shared by the tests of the kernels: the implementations, random problems, and the definition of the loss."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from gram_engine.kernels import dispatch
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-# On a GPU machine Triton compiles; elsewhere tests/conftest.py has it interpret.
+# Triton compiles on a machine with a GPU; elsewhere tests/conftest.py selects its interpreter.
 IMPLEMENTATIONS = ["reference", "cuda", "triton"] if CUDA else ["reference", "cpu", "triton"]
 NORM_EPS = 1e-5
 
 
 def use(implementation: str, monkeypatch) -> None:
-    """Force an implementation for this test, or skip where it is not to be had."""
+    """Force an implementation for this test, or skip the test if it cannot run here."""
     module, reason = dispatch._load(implementation)
     if module is None:
         pytest.skip(reason)
@@ -29,7 +29,7 @@ def draw(*shape, seed=0, scale=1.0) -> torch.Tensor:
 
 
 def head_by_definition(hidden, norm_weight, row_a, row_b, preference, eps, norm_eps):
-    """Final norm, both logits, cross entropy with soft targets; every step as the paper and torch define it."""
+    """(losses, margins): final norm, both logits, cross entropy with soft targets, as the paper and torch define them."""
     if norm_eps is not None:
         hidden = F.rms_norm(hidden, hidden.shape[-1:], norm_weight, norm_eps)
     logits = torch.stack([hidden @ row_a, hidden @ row_b], dim=1)
