@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gram_engine.kernels import linear_cross_entropy
+from gram_engine.kernels import linear_cross_entropy, plain
 
 VOCABULARY = 37
 
@@ -37,6 +37,18 @@ def test_equals_torch_with_gradients(chunk, padding, label_smoothing):
 
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     for found, wanted in zip(grads, expected_grads):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [5, None])
+@pytest.mark.parametrize("padding", [0, 11])
+def test_plain_losses_equal_torch(chunk, padding):
+    x, weight, targets = problem(padding=padding)
+    upstream = torch.linspace(0, 2, len(x), dtype=torch.float64)
+    losses = plain.linear_cross_entropy(x, weight, targets, VOCABULARY, chunk)
+    expected = F.cross_entropy(x @ weight[:VOCABULARY].t(), targets, reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
+    for found, wanted in zip(*(torch.autograd.grad(part, (x, weight), upstream) for part in (losses, expected))):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
