@@ -32,12 +32,12 @@ class ConvertArguments:
     dtype: Optional[Literal["float32", "bfloat16", "float16"]] = None
     """Dtype of the written weights; default: that of the input."""
     head: Optional[Literal["causal-lm", "pair-logit", "scalar"]] = None
-    """Output hf: the language model (causal-lm), or an AutoModelForSequenceClassification with one logit, which is Z_A - Z_B
+    """For --to hf: the language model (causal-lm), or an AutoModelForSequenceClassification with one logit, which is Z_A - Z_B
     (pair-logit) or the reward of bradley-terry (scalar); default: scalar for bradley-terry, otherwise causal-lm."""
     template: str = "gram-code"
-    """Output engine: judge prompt of the checkpoint: gram-code, gram-paper, or a YAML file."""
+    """For --to engine: judge prompt of the checkpoint: gram-code, gram-paper, or a YAML file."""
     evaluation: Optional[str] = None
-    """Output hf: a report of `gram score --report` or `gram evaluate` to show in the model card."""
+    """For --to hf: a report of `gram score --report` or `gram evaluate` to show in the model card."""
     tensor_model_parallel_size: int = 1
     """Ignored; accepted for scripts that pass it. A checkpoint of the engine loads at every layout."""
     processes: int = 1
