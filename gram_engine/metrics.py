@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 
-def reward_of_first(margins: np.ndarray, exchanged_margins: np.ndarray) -> np.ndarray:
+def reward_of_first(margins: np.ndarray, swapped_margins: np.ndarray) -> np.ndarray:
     """Eq. 3: mean of p(A | y1, y2) and p(B | y2, y1), the reward of y1 against y2, in [0, 1].
 
-    `margins` and `exchanged_margins` are Z_A - Z_B with y1 shown first and with y2 shown first.
+    `margins` and `swapped_margins` are Z_A - Z_B with y1 shown first and with y2 shown first.
     """
-    return 0.5 * (sigmoid(margins) + sigmoid(-exchanged_margins))
+    return 0.5 * (sigmoid(margins) + sigmoid(-swapped_margins))
 
 
 def sigmoid(values: np.ndarray) -> np.ndarray:
@@ -23,7 +23,7 @@ def pair_metrics(pair_ids: np.ndarray, orders: np.ndarray, margins: np.ndarray, 
 
     Args:
         pair_ids: [verdicts] which pair a verdict belongs to.
-        orders: [verdicts] 0 as given, 1 exchanged.  Pairs seen in one order only count in `accuracy_single` alone.
+        orders: [verdicts] 0 as given, 1 swapped.  Pairs seen in one order only count in `accuracy_single` alone.
         margins: [verdicts] Z_A - Z_B in that order.
         preference: [verdicts] 1 where the response shown as A is better, 0 where B is, 1/2 for a tie, nan unlabelled.
 
@@ -41,11 +41,11 @@ def pair_metrics(pair_ids: np.ndarray, orders: np.ndarray, margins: np.ndarray, 
         "margin": _mean((margins * sign)[decided]),
         "prefers_a": _mean(margins > 0),
     }
-    given, exchanged = _both_orders(np.asarray(pair_ids), np.asarray(orders))
-    rewards = reward_of_first(margins[given], margins[exchanged])
+    given, swapped = _both_orders(np.asarray(pair_ids), np.asarray(orders))
+    rewards = reward_of_first(margins[given], margins[swapped])
     winners = decided[given]
     result["accuracy"] = _mean(_credit((rewards - 0.5) * sign[given])[winners])
-    result["swap_consistency"] = _mean(margins[given] * margins[exchanged] < 0)
+    result["swap_consistency"] = _mean(margins[given] * margins[swapped] < 0)
     result["pairs"] = int(winners.sum())
     result["ties"] = int((sign[given] == 0).sum())
     return result
@@ -60,6 +60,6 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _both_orders(pair_ids: np.ndarray, orders: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the verdicts of each pair seen in both orders: (as given, exchanged)."""
-    _, given, exchanged = np.intersect1d(pair_ids[orders == 0], pair_ids[orders == 1], return_indices=True)
-    return np.flatnonzero(orders == 0)[given], np.flatnonzero(orders == 1)[exchanged]
+    """Positions of the verdicts of each pair seen in both orders: (as given, swapped)."""
+    _, given, swapped = np.intersect1d(pair_ids[orders == 0], pair_ids[orders == 1], return_indices=True)
+    return np.flatnonzero(orders == 0)[given], np.flatnonzero(orders == 1)[swapped]

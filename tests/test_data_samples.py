@@ -146,9 +146,9 @@ def test_a_ready_made_row_equals_the_pair_it_was_made_from(sentencepiece_tokeniz
     template = JudgeTemplate.load("gram-code")
     pair = Pair("red?", "stone", "river cloud", 0.0)
     ready = Verbatim(template.judge("red?", "stone", "river cloud"), "B")
-    for exchanged in (False, True):
+    for swapped in (False, True):
         tokens = [
-            judge_sample(sentencepiece_tokenizer, layout_of(row, template, "pair-preference", exchanged), 2000, "error").tokens
+            judge_sample(sentencepiece_tokenizer, layout_of(row, template, "pair-preference", swapped), 2000, "error").tokens
             for row in (pair, ready)
         ]
         assert tokens[0] == tokens[1]
@@ -202,9 +202,9 @@ def test_the_authors_rows_without_a_line_break_before_the_closing_marker(sentenc
     slots = {name: layout.text[start:end] for name, (start, end) in layout.slots.items()}
     assert (slots["response_a"].strip(), slots["response_b"]) == ("Yes.", "Many")
     assert layout.text[layout.middle :].startswith("[The Start of Assistant B's Answer]")
-    exchanged = layout_of(row, template, "response-lm", True)
-    assert exchanged.text[slice(*exchanged.slots["response_a"])] == "Many"
-    assert exchanged.text[exchanged.middle :].startswith("[The Start of Assistant B's Answer]\nYes.")
+    swapped = layout_of(row, template, "response-lm", True)
+    assert swapped.text[slice(*swapped.slots["response_a"])] == "Many"
+    assert swapped.text[swapped.middle :].startswith("[The Start of Assistant B's Answer]\nYes.")
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,14 @@ def test_always_a_is_half_right_and_never_consistent():
 
 
 def test_reward_weighs_both_orders():
-    # As given weakly wrong, exchanged strongly right: Eq. 3 is right.
+    # As given weakly wrong, swapped strongly right: Eq. 3 is right.
     found = pair_metrics([0, 0], [0, 1], [-0.5, -4.0], [1, 0])
     assert found["accuracy"] == 1 and found["swap_consistency"] == 0 and found["accuracy_single"] == 0.5
 
 
 def test_rewards_of_the_two_responses_add_up_to_one():
-    margins, exchanged = np.array([3.0, -800.0]), np.array([1.0, 800.0])
-    total = reward_of_first(margins, exchanged) + reward_of_first(exchanged, margins)
+    margins, swapped = np.array([3.0, -800.0]), np.array([1.0, 800.0])
+    total = reward_of_first(margins, swapped) + reward_of_first(swapped, margins)
     assert total == pytest.approx([1, 1])
 
 

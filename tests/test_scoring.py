@@ -82,9 +82,9 @@ def test_margins_do_not_depend_on_batch_mates(batch_tokens, folder, scorer):
     np.testing.assert_allclose(other.margins(PAIRS[::-1])[::-1], together, atol=1e-5)
 
 
-def test_exchanged_responses_give_the_other_reward(scorer):
-    exchanged = rewards_of(scorer, [(prompt, b, a) for prompt, a, b in PAIRS])
-    np.testing.assert_allclose(np.add(rewards_of(scorer, PAIRS), exchanged), 1.0, atol=1e-6)
+def test_swapped_responses_give_the_other_reward(scorer):
+    swapped = rewards_of(scorer, [(prompt, b, a) for prompt, a, b in PAIRS])
+    np.testing.assert_allclose(np.add(rewards_of(scorer, PAIRS), swapped), 1.0, atol=1e-6)
 
 
 def test_long_responses_are_shortened_and_counted(scorer):

@@ -26,7 +26,7 @@ FORMAT_VERSION = 2
 SAMPLE_DTYPE = np.dtype(
     [
         ("pair", "<i8"),  # number of the comparison in the source, the same for its two orders
-        ("order", "i1"),  # 0: responses as given, 1: exchanged
+        ("order", "i1"),  # 0: responses as given, 1: swapped
         ("preference", "<f4"),  # probability that the response shown as A is better; nan: unlabelled
         ("weight", "<f4"),
         ("margin", "<f4"),

@@ -85,7 +85,7 @@ def _describe_sample(
     dataset: PairDataset, tokenizer: Tokenizer, pack: PackedBatch, sample: int, start: int, end: int
 ) -> Iterator[str]:
     facts, manifest = dataset.samples[sample], dataset.manifest
-    order = "exchanged" if facts["order"] else "as given"
+    order = "swapped" if facts["order"] else "as given"
     yield (
         f"\nsample {sample} | pair {facts['pair']} | order {order} | {_preference(float(facts['preference']))} | "
         f"weight {facts['weight']:g} | tokens {start} to {end - 1} of the pack"

@@ -211,10 +211,10 @@ def _unfit(row: Row, objective: Objective, template: JudgeTemplate) -> Optional[
     return None
 
 
-def exchanged_first(seed: int, number: int) -> bool:
-    """Whether comparison `number` shows its responses exchanged: a fair coin per two neighbours, which differ.
+def swapped_first(seed: int, number: int) -> bool:
+    """Whether comparison `number` shows its responses swapped: a fair coin per two neighbours, which differ.
 
-    So exactly half of the comparisons are exchanged, whatever the seed, and the first response is not favoured.
+    So exactly half of the comparisons are swapped, whatever the seed, and the first response is not favoured.
     """
     coin = hashlib.blake2b(f"{seed}:{number // 2}".encode(), digest_size=1).digest()[0] & 1
     return bool(coin ^ (number & 1))
@@ -263,17 +263,17 @@ class _Task:
     def _orders(self, number: int, row: Row) -> tuple[int, ...]:
         if self.objective == "bradley-terry":
             return (0,)
-        if isinstance(row, Verbatim):  # used as written; exchanged only where both orders are wanted and possible
-            if self.both_orders and layout_of(row, self.template, self.objective, exchanged=False).has_responses:
+        if isinstance(row, Verbatim):  # used as written; swapped only where both orders are wanted and possible
+            if self.both_orders and layout_of(row, self.template, self.objective, swapped=False).has_responses:
                 return (0, 1)
             return (0,)
-        return (0, 1) if self.both_orders else (int(exchanged_first(self.seed, number)),)
+        return (0, 1) if self.both_orders else (int(swapped_first(self.seed, number)),)
 
-    def _sample(self, row: Row, exchanged: bool) -> Sample:
+    def _sample(self, row: Row, swapped: bool) -> Sample:
         if self.objective == "bradley-terry":
             pair = pair_of(row, self.template)
             return conversations_sample(self.tokenizer, self.conversation, pair, self.seq_length, self.overlong)
-        layout = layout_of(row, self.template, self.objective, exchanged)
+        layout = layout_of(row, self.template, self.objective, swapped)
         build = judge_sample if self.objective == "pair-preference" else generate_sample
         try:
             return build(self.tokenizer, layout, self.seq_length, self.overlong)

@@ -192,7 +192,7 @@ def check_seq_length(
         layout = conversation.layout("", "")
         empty = conversation_sample(tokenizer, conversation, "", "", sys.maxsize, "error")
     else:
-        layout = layout_of(Pair("", "", "", 0.5), template, objective, exchanged=False)
+        layout = layout_of(Pair("", "", "", 0.5), template, objective, swapped=False)
         builder = judge_sample if objective == "pair-preference" else generate_sample
         empty = builder(tokenizer, layout, sys.maxsize, "error")
     _check_room(max_tokens - len(empty.tokens), len(layout.slots), max_tokens)
@@ -241,14 +241,14 @@ def _cuts(layout: Layout, pieces: dict, shares: dict[str, int]) -> list[Span]:
     return cuts
 
 
-def layout_of(row: Pair | Verbatim, template: JudgeTemplate, objective: Objective, exchanged: bool) -> Layout:
-    """The text of a row for an objective, with its responses as given or exchanged.
+def layout_of(row: Pair | Verbatim, template: JudgeTemplate, objective: Objective, swapped: bool) -> Layout:
+    """The text of a row for an objective, with its responses as given or swapped.
 
     Raises:
         DataError: a ready-made row cannot serve this objective (its text without the place).
     """
     if isinstance(row, Pair):
-        a, b = (row.response_b, row.response_a) if exchanged else (row.response_a, row.response_b)
+        a, b = (row.response_b, row.response_a) if swapped else (row.response_a, row.response_b)
         if objective == "pair-preference":
             return template.judge_layout(row.prompt, a, b)
         return template.generate_layout(row.prompt).followed_by(template.responses_layout(a, b))
@@ -257,7 +257,7 @@ def layout_of(row: Pair | Verbatim, template: JudgeTemplate, objective: Objectiv
     else:
         user = template.find_generate(row.instruction) or Layout(row.instruction, {})
         layout = user.followed_by(template.find_responses(row.output) or Layout(row.output, {}))
-    return _exchange(layout) if exchanged else layout
+    return _swap_responses(layout) if swapped else layout
 
 
 def pair_of(row: Pair | Verbatim, template: JudgeTemplate) -> Pair | None:
@@ -271,8 +271,8 @@ def pair_of(row: Pair | Verbatim, template: JudgeTemplate) -> Pair | None:
     return Pair(*texts, preference_of(row, template), row.weight, place=row.place)
 
 
-def _exchange(layout: Layout) -> Layout:
-    """A ready-made text with its two responses exchanged between their markers."""
+def _swap_responses(layout: Layout) -> Layout:
+    """A ready-made text with its two responses swapped between their markers."""
     (a_start, a_end), (b_start, b_end) = layout.slots["response_a"], layout.slots["response_b"]
     text = layout.text
     a, between, b = text[a_start:a_end], text[a_end:b_start], text[b_start:b_end]

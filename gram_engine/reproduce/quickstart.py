@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"\nheld-out accuracy before labels (after stage 1): {report['accuracy_before']:.3f}\n"
         f"held-out accuracy after stage 2:                 {report['accuracy_after']:.3f}\n"
-        f"same verdict with the responses exchanged:       {report['swap_consistency']:.3f}\n"
+        f"same verdict with the responses swapped:         {report['swap_consistency']:.3f}\n"
         f"{report['seconds']:.0f} s with {report['processes']} processes; report: {config.output_dir}/report.json"
     )
 
