@@ -128,7 +128,7 @@ def source_is_there(source: str | Path) -> bool:
         return False
 
 
-def absent(source: str | Path) -> str:
+def missing_source_message(source: str | Path) -> str:
     """What to tell of a source that is not there."""
     if os.path.isdir(source):
         return f"{source}: a folder. Give the files in it, such as {source}/*.jsonl."

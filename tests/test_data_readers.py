@@ -8,7 +8,7 @@ import pytest
 
 from gram_engine.config.schema import DataConfig
 from gram_engine.data.readers import read_rows
-from gram_engine.data.schema import Verbatim
+from gram_engine.data.schema import PreformattedRow
 from gram_engine.errors import DataError
 
 
@@ -68,7 +68,7 @@ USER, GOOD, BAD = ({"role": "user", "content": "hi"}, {"role": "assistant", "con
 )  # fmt: skip
 def test_formats(row, expected, tmp_path):
     (pair,) = read(tmp_path, row)
-    assert facts(pair) == expected and pair.place.endswith("pairs.jsonl:1")
+    assert facts(pair) == expected and pair.source_location.endswith("pairs.jsonl:1")
 
 
 def test_unlabelled_margin_and_weight(tmp_path):
@@ -106,7 +106,7 @@ def test_ranked_list_gives_all_pairs_that_weigh_as_one(tmp_path):
 
 def test_the_authors_rows_are_taken_as_they_are(tmp_path):
     (row,) = read(tmp_path, {"instruction": "judge this\n\n#Preferred:", "input": "", "output": "A"})
-    assert isinstance(row, Verbatim) and (row.instruction, row.output) == ("judge this\n\n#Preferred:", "A")
+    assert isinstance(row, PreformattedRow) and (row.instruction, row.output) == ("judge this\n\n#Preferred:", "A")
 
 
 def test_containers(tmp_path):
@@ -120,7 +120,7 @@ def test_containers(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "c.parquet")
     pairs = list(read_rows([tmp_path / "a.json", tmp_path / "b.jsonl.gz", tmp_path / "c.parquet"], DataConfig()))
     assert len(pairs) == 4 and all(facts(pair) == ("hi", "yes", "no", 1.0) for pair in pairs)
-    assert pairs[1].place.endswith("a.json:7")
+    assert pairs[1].source_location.endswith("a.json:7")
 
 
 def test_keys_can_be_named(tmp_path):
@@ -194,6 +194,6 @@ def test_hub_data_sets_by_name(tmp_path):
     pytest.importorskip("datasets", reason="the optional datasets package (extra: hub) is not installed")
     (tmp_path / "train.jsonl").write_text('{"prompt": "hi", "chosen": "yes", "rejected": "no"}\n')
     (pair,) = read_rows([f"hf:{tmp_path}"], DataConfig())
-    assert facts(pair) == ("hi", "yes", "no", 1.0) and pair.place == f"hf:{tmp_path}:1"
+    assert facts(pair) == ("hi", "yes", "no", 1.0) and pair.source_location == f"hf:{tmp_path}:1"
     with pytest.raises(DataError, match="cannot be loaded"):
         list(read_rows([f"hf:{tmp_path}:no-such-split"], DataConfig()))

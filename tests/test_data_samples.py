@@ -13,7 +13,7 @@ from gram_engine.data.samples import (
     judge_sample,
     layout_of,
 )
-from gram_engine.data.schema import Pair, Verbatim
+from gram_engine.data.schema import Pair, PreformattedRow
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import ConfigError
@@ -145,7 +145,7 @@ def test_stage_1_spans_hold_the_responses(sentencepiece_tokenizer):
 def test_a_ready_made_row_equals_the_pair_it_was_made_from(sentencepiece_tokenizer):
     template = JudgeTemplate.load("gram-code")
     pair = Pair("red?", "stone", "river cloud", 0.0)
-    ready = Verbatim(template.judge("red?", "stone", "river cloud"), "B")
+    ready = PreformattedRow(template.judge("red?", "stone", "river cloud"), "B")
     for swapped in (False, True):
         tokens = [
             judge_sample(sentencepiece_tokenizer, layout_of(row, template, "pair-preference", swapped), 2000, "error").tokens
@@ -185,14 +185,14 @@ def test_over_long_samples_can_be_refused_and_so_are_ready_made_ones_without_mar
     template = JudgeTemplate.load(TEMPLATE)
     with pytest.raises(OverlongSample, match="tokens, over --seq-length 150. Raise it, or use --overlong"):
         build_judge(sentencepiece_tokenizer, template, "x", "word " * 200, "y", 150, "drop")
-    strange = layout_of(Verbatim("judge " * 200, "A"), template, "pair-preference", False)
+    strange = layout_of(PreformattedRow("judge " * 200, "A"), template, "pair-preference", False)
     with pytest.raises(OverlongSample, match="markers of the template are not found"):
         judge_sample(sentencepiece_tokenizer, strange, 150, "truncate")
 
 
 def test_the_authors_rows_without_a_line_break_before_the_closing_marker(sentencepiece_tokenizer):
     template = JudgeTemplate.load("gram-code")
-    row = Verbatim(
+    row = PreformattedRow(
         "[User Question]\nCan dogs get covid?\n\n",
         "[The Start of Assistant A's Answer]\nYes. [The End of Assistant A's Answer]\n\n"
         "[The Start of Assistant B's Answer]\nMany\n[The End of Assistant B's Answer]",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gram_engine.config.schema import Config, ModelConfig, TrainingConfig, world_size
 from gram_engine.errors import ConfigError
-from gram_engine.files import absent, source_is_there
+from gram_engine.files import missing_source_message, source_is_there
 
 
 def check(config: Config, data: bool = True) -> None:
@@ -158,7 +158,7 @@ def _check_data(config: Config):
     )
     yield bool(data.valid_data) and bool(data.valid_data_path), "Give either --valid-data or --valid-data-path."
     for file in (*data.data, *data.valid_data):
-        yield not source_is_there(file), absent(file)
+        yield not source_is_there(file), missing_source_message(file)
     for prefix in filter(None, (data.data_path, data.valid_data_path)):
         yield not Path(f"{prefix}.idx").is_file(), (
             f"{prefix}.idx: no such file. Make it with: gram preprocess --data FILE --output-prefix {prefix}"

@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any, Optional, Sequence
 
 from gram_engine.config.schema import DataConfig
-from gram_engine.data.schema import Pair, ResponseList, Verbatim, dialogue_text, message_of
+from gram_engine.data.schema import Pair, PreformattedRow, ResponseList, dialogue_text, message_of
 
 PROMPT_NAMES = ("prompt", "question", "instruction", "query", "context", "messages", "conversations", "conversation", "input")
 CHOSEN_NAMES = ("chosen", "chosen_response", "response_chosen", "chosen_messages", "response_j", "preferred_response")
@@ -52,7 +52,7 @@ class BadRow(Exception):
     """Why a row cannot be used, and the remedy; the reader adds file and line."""
 
 
-def row_to_samples(row: Any, data: DataConfig, place: str) -> list[Pair | Verbatim]:
+def row_to_samples(row: Any, source_location: str, data: DataConfig) -> list[Pair | PreformattedRow]:
     """The comparisons that a raw row holds.
 
     Raises:
@@ -61,12 +61,12 @@ def row_to_samples(row: Any, data: DataConfig, place: str) -> list[Pair | Verbat
     if not isinstance(row, dict):
         raise BadRow(f"a row must be a JSON object, not {type(row).__name__}. Supported: {_SUPPORTED}.")
     try:
-        return _convert(row, data, place)
+        return _convert(row, data, source_location)
     except ValueError as error:
         raise BadRow(f"{error}.") from None
 
 
-def row_to_list(row: Any, data: DataConfig, place: str) -> list[ResponseList]:
+def row_to_list(row: Any, source_location: str, data: DataConfig) -> list[ResponseList]:
     """The list of responses that a raw row holds, in its `responses` (or `completions`) field; no ranks are needed.
 
     Raises:
@@ -88,7 +88,7 @@ def row_to_list(row: Any, data: DataConfig, place: str) -> list[ResponseList]:
         raise BadRow(f"{error}.") from None
     prompt = dialogue_text(context)
     _refuse_empty(prompt=prompt, **{f"responses[{number}]": text for number, text in enumerate(texts)})
-    return [ResponseList(prompt, tuple(texts), reference, place)]
+    return [ResponseList(prompt, tuple(texts), reference, source_location)]
 
 
 def _completion_text(entry: Any) -> Any:
@@ -98,31 +98,31 @@ def _completion_text(entry: Any) -> Any:
     return entry
 
 
-def _convert(row: dict, data: DataConfig, place: str) -> list[Pair | Verbatim]:
+def _convert(row: dict, data: DataConfig, source_location: str) -> list[Pair | PreformattedRow]:
     weight = _number(row, "weight", 1.0)
     if not (weight == 0 or _LEAST_WEIGHT <= weight <= _MOST):
         raise BadRow(f"weight is {weight}. It must be a finite number: 0, or from {_LEAST_WEIGHT} to {_MOST}.")
     chosen = _name_in(row, data.chosen_key, CHOSEN_NAMES, "--chosen-key")
     rejected = _name_in(row, data.rejected_key, REJECTED_NAMES, "--rejected-key")
     if chosen or rejected:
-        return [_chosen_rejected(row, data, chosen, rejected, weight, place)]
+        return [_chosen_rejected(row, data, chosen, rejected, weight, source_location)]
     for name_a, name_b in AB_NAMES:
         if name_a in row or name_b in row:
-            return [_labelled_pair(row, data, name_a, name_b, weight, place)]
+            return [_labelled_pair(row, data, name_a, name_b, weight, source_location)]
     if isinstance(row.get("responses"), list) or isinstance(row.get("completions"), list):
-        return _ranked(row, data, weight, place)
+        return _ranked(row, data, weight, source_location)
     if "instruction" in row and "output" in row:
         instruction = _instruction(row)
         output = _text(row["output"], "output")
         _refuse_empty(instruction=instruction, output=output)
-        return [Verbatim(instruction, output, weight, place)]
+        return [PreformattedRow(instruction, output, weight, source_location)]
     names = ", ".join(map(str, row)) or "none"
     raise BadRow(
         f"no responses among its fields ({names}). Supported: {_SUPPORTED}; or name yours with --chosen-key and --rejected-key."
     )
 
 
-def _chosen_rejected(row, data, chosen: Optional[str], rejected: Optional[str], weight: float, place: str) -> Pair:
+def _chosen_rejected(row, data, chosen: Optional[str], rejected: Optional[str], weight: float, source_location: str) -> Pair:
     messages = row.get("messages")
     if rejected and not chosen and isinstance(messages, list) and not isinstance(row[rejected], list):
         prompt, better = _split_answer(_messages(messages))  # the chosen answer ends the conversation itself
@@ -140,10 +140,10 @@ def _chosen_rejected(row, data, chosen: Optional[str], rejected: Optional[str], 
             worse = _response(row[rejected], rejected, context)
             prompt = dialogue_text(context)
     margin = _margin(row)
-    return _checked(Pair(prompt, better, worse, 1.0, weight, margin, place), (chosen or "messages", rejected))
+    return _checked(Pair(prompt, better, worse, 1.0, weight, margin, source_location), (chosen or "messages", rejected))
 
 
-def _labelled_pair(row, data, name_a: str, name_b: str, weight: float, place: str) -> Pair:
+def _labelled_pair(row, data, name_a: str, name_b: str, weight: float, source_location: str) -> Pair:
     for name in (name_a, name_b):
         if name not in row:
             raise BadRow(f"field '{name}' is missing beside '{name_a if name == name_b else name_b}'. Add it.")
@@ -158,10 +158,10 @@ def _labelled_pair(row, data, name_a: str, name_b: str, weight: float, place: st
     preference, margin = (math.nan, math.nan) if label is None else _preference(row[label], label)
     stated = _margin(row)
     margin = stated if math.isfinite(stated) else margin
-    return _checked(Pair(prompt, response_a, response_b, preference, weight, margin, place), (name_a, name_b))
+    return _checked(Pair(prompt, response_a, response_b, preference, weight, margin, source_location), (name_a, name_b))
 
 
-def _ranked(row, data, weight: float, place: str) -> list[Pair]:
+def _ranked(row, data, weight: float, source_location: str) -> list[Pair]:
     """All pairs of a ranked list, which together weigh as much as one comparison (InstructGPT's 1 / (K choose 2))."""
     name = _prompt_name(row, data, exclude=("responses", "completions"))
     if name is None:
@@ -188,7 +188,7 @@ def _ranked(row, data, weight: float, place: str) -> list[Pair]:
     pairs = []
     for i, j in combinations(range(len(texts)), 2):
         preference = 0.5 if ranks[i] == ranks[j] else float(ranks[i] < ranks[j])
-        pair = Pair(prompt, texts[i], texts[j], preference, weight * share, math.nan, place)
+        pair = Pair(prompt, texts[i], texts[j], preference, weight * share, math.nan, source_location)
         pairs.append(_checked(pair, (f"{what}[{i}]", f"{what}[{j}]")))
     return pairs
 

@@ -39,19 +39,19 @@ from gram_engine.data.samples import (
     pair_of,
     preference_of,
 )
-from gram_engine.data.schema import Pair, Verbatim
+from gram_engine.data.schema import Pair, PreformattedRow
 from gram_engine.data.sources import source_fingerprint
 from gram_engine.data.template import DEFAULT_TEMPLATE, JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.data.writer import Chunk, DatasetWriter, RejectsFile
 from gram_engine.errors import ConfigError, DataError, GramError, one_line
-from gram_engine.files import absent, locked, source_is_there
+from gram_engine.files import locked, missing_source_message, source_is_there
 
 logger = logging.getLogger(__name__)
 
 ROWS_PER_TASK = 64
 
-Row = Pair | Verbatim
+Row = Pair | PreformattedRow
 
 
 def preprocess(
@@ -132,7 +132,7 @@ def ensure_preprocessed(files: Sequence[str | Path], config: Config, objective: 
     cfg, seed = config.data, config.training.seed
     for path in files:
         if not source_is_there(path):
-            raise DataError(absent(path))
+            raise DataError(missing_source_message(path))
     tokenizer = Tokenizer.load(cfg.tokenizer_type, _tokenizer_path(cfg))
     settings = ("overlong", "ties", "skip_bad_rows", "seq_length", "prompt_key", "chosen_key", "rejected_key")
     identity = {
@@ -183,9 +183,11 @@ def checked_rows(
         if problem is None:
             yield row
         elif on_reject is None:
-            raise DataError(f"{row.place}: {one_line(problem)}")
+            raise DataError(f"{row.source_location}: {one_line(problem)}")
         else:
-            on_reject(DataError(f"{row.place}: {one_line(problem)}"), dataclasses.asdict(row))
+            fields = dataclasses.asdict(row)
+            fields["place"] = fields.pop("source_location")  # its name in rejects files
+            on_reject(DataError(f"{row.source_location}: {one_line(problem)}"), fields)
 
 
 def _unfit(row: Row, objective: Objective, template: JudgeTemplate) -> Optional[str]:
@@ -203,7 +205,7 @@ def _unfit(row: Row, objective: Objective, template: JudgeTemplate) -> Optional[
             f"a ready-made row without the markers of the template {template.name}, between which bradley-terry finds prompt "
             "and responses. Give them in fields of their own, or name the row's template with --template."
         )
-    if objective == "response-lm" and isinstance(row, Verbatim) and labelled:
+    if objective == "response-lm" and isinstance(row, PreformattedRow) and labelled:
         return (
             f"output is the label {row.output.strip()}, not two responses. "
             "Ready-made rows of stage 2 are for --objective pair-preference."
@@ -247,7 +249,7 @@ class _Task:
                 samples = [(order, self._sample(row, bool(order))) for order in self._orders(number, row)]
             except OverlongSample as error:
                 if self.overlong == "error":
-                    raise DataError(f"{row.place}: {error}") from None
+                    raise DataError(f"{row.source_location}: {error}") from None
                 dropped += 1
                 continue
             for order, sample in samples:
@@ -263,7 +265,7 @@ class _Task:
     def _orders(self, number: int, row: Row) -> tuple[int, ...]:
         if self.objective == "bradley-terry":
             return (0,)
-        if isinstance(row, Verbatim):  # used as written; swapped only where both orders are wanted and possible
+        if isinstance(row, PreformattedRow):  # used as written; swapped only where both orders are wanted and possible
             if self.both_orders and layout_of(row, self.template, self.objective, swapped=False).has_responses:
                 return (0, 1)
             return (0,)

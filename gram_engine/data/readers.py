@@ -1,4 +1,4 @@
-"""Reads preference data as people have it: one checked `Pair` (or ready-made `Verbatim` row) after the other.
+"""Reads preference data as people have it: one checked `Pair` (or ready-made `PreformattedRow` row) after the other.
 
 Files: JSONL, JSON, both also gzipped, and Parquet; and data sets of the Hugging Face hub by name (`sources.py`).
 `fields.py` knows what the fields of a row are called.
@@ -16,10 +16,10 @@ from typing import Any, Callable, Iterator, Optional, Sequence, TypeVar
 
 from gram_engine.config.schema import DataConfig
 from gram_engine.data.fields import BadRow, row_to_samples
-from gram_engine.data.schema import Pair, Verbatim
+from gram_engine.data.schema import Pair, PreformattedRow
 from gram_engine.data.sources import hub_rows
 from gram_engine.errors import DataError, one_line
-from gram_engine.files import absent, is_hub_name, source_is_there
+from gram_engine.files import is_hub_name, missing_source_message, source_is_there
 
 T = TypeVar("T")
 LONGEST_LINE = 64 << 20
@@ -28,7 +28,9 @@ OnReject = Callable[[DataError, Any], None]
 """Called with the error and the raw row (or line) of each bad row, instead of stopping."""
 
 
-def read_rows(paths: Sequence[str | Path], data: DataConfig, on_reject: Optional[OnReject] = None) -> Iterator[Pair | Verbatim]:
+def read_rows(
+    paths: Sequence[str | Path], data: DataConfig, on_reject: Optional[OnReject] = None
+) -> Iterator[Pair | PreformattedRow]:
     """All comparisons of the files, in order; a ranked list of K responses gives its K(K-1)/2 pairs. Raises as `read_items`."""
     return read_items(paths, partial(row_to_samples, data=data), on_reject)
 
@@ -36,25 +38,25 @@ def read_rows(paths: Sequence[str | Path], data: DataConfig, on_reject: Optional
 def read_items(
     paths: Sequence[str | Path], convert: Callable[..., list[T]], on_reject: Optional[OnReject] = None
 ) -> Iterator[T]:
-    """What `convert(row, place=)` makes of each row of the files, in order.
+    """What `convert(row, source_location)` makes of each row of the files, in order.
 
     Raises:
         DataError: a file is missing, empty or unreadable; or, without `on_reject`, a row is bad ("file:line: what; remedy").
     """
     for path in paths:
         if not source_is_there(path):
-            raise DataError(absent(path))
+            raise DataError(missing_source_message(path))
     for path in paths:
         empty = True
         for line, row in hub_rows(path) if is_hub_name(path) else _raw_rows(Path(path)):
             empty = False
-            place = f"{path}:{line}"
+            source_location = f"{path}:{line}"
             try:
                 if isinstance(row, BadRow):
                     raise row
-                items = convert(row, place=place)
+                items = convert(row, source_location)
             except BadRow as problem:
-                error = DataError(f"{place}: {one_line(problem)}")
+                error = DataError(f"{source_location}: {one_line(problem)}")
                 if on_reject is None:
                     raise error from None
                 on_reject(error, None if isinstance(row, BadRow) else row)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Callable, Literal
 
 from gram_engine.data.conversation import Conversation
-from gram_engine.data.schema import Pair, Verbatim
+from gram_engine.data.schema import Pair, PreformattedRow
 from gram_engine.data.template import JudgeTemplate, Layout, Span
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import ConfigError, DataError
@@ -241,7 +241,7 @@ def _cuts(layout: Layout, pieces: dict, shares: dict[str, int]) -> list[Span]:
     return cuts
 
 
-def layout_of(row: Pair | Verbatim, template: JudgeTemplate, objective: Objective, swapped: bool) -> Layout:
+def layout_of(row: Pair | PreformattedRow, template: JudgeTemplate, objective: Objective, swapped: bool) -> Layout:
     """The text of a row for an objective, with its responses as given or swapped.
 
     Raises:
@@ -260,7 +260,7 @@ def layout_of(row: Pair | Verbatim, template: JudgeTemplate, objective: Objectiv
     return _swap_responses(layout) if swapped else layout
 
 
-def pair_of(row: Pair | Verbatim, template: JudgeTemplate) -> Pair | None:
+def pair_of(row: Pair | PreformattedRow, template: JudgeTemplate) -> Pair | None:
     """The row as a pair; of a ready-made row what stands between the template's markers, None where they are not there."""
     if isinstance(row, Pair):
         return row
@@ -268,7 +268,7 @@ def pair_of(row: Pair | Verbatim, template: JudgeTemplate) -> Pair | None:
     if layout is None:
         return None
     texts = (layout.text[slice(*layout.slots[name])] for name in ("prompt", "response_a", "response_b"))
-    return Pair(*texts, preference_of(row, template), row.weight, place=row.place)
+    return Pair(*texts, preference_of(row, template), row.weight, source_location=row.source_location)
 
 
 def _swap_responses(layout: Layout) -> Layout:
@@ -282,7 +282,7 @@ def _swap_responses(layout: Layout) -> Layout:
     return replace(layout, text=text, slots=slots, middle=layout.middle + shift)
 
 
-def preference_of(row: Pair | Verbatim, template: JudgeTemplate) -> float:
+def preference_of(row: Pair | PreformattedRow, template: JudgeTemplate) -> float:
     """Probability that A is better in the given order; nan where a row is unlabelled (also stage-1 ready-made rows)."""
     if isinstance(row, Pair):
         return row.preference

@@ -12,7 +12,7 @@ class Pair:
     """One comparison of two responses to a prompt.
 
     `preference` is the probability that A is better: 1.0 A, 0.0 B, 0.5 tie, nan unlabelled. `margin` says by how much the
-    better one is better (nan where the data has none). `place` is "file:line", for messages.
+    better one is better (nan where the data has none). `source_location` is "file:line", for messages.
     """
 
     prompt: str
@@ -21,17 +21,17 @@ class Pair:
     preference: float
     weight: float = 1.0
     margin: float = math.nan
-    place: str = ""
+    source_location: str = ""
 
 
 @dataclass(frozen=True)
-class Verbatim:
+class PreformattedRow:
     """A row that is already written in the judge template (`instruction` -> `output`), used as it is."""
 
     instruction: str
     output: str
     weight: float = 1.0
-    place: str = ""
+    source_location: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ResponseList:
     prompt: str
     responses: tuple[str, ...]
     reference: int | None = None
-    place: str = ""
+    source_location: str = ""
 
 
 # Names of the speakers in the many spellings of chat data; what is not listed keeps its own name.

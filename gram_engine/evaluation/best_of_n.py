@@ -171,8 +171,8 @@ def best_of_n_curve(proxy: Sequence[np.ndarray], oracle: Sequence[np.ndarray], m
 
 def _row(row: Any, place: str) -> list[Candidates | Pair]:
     if not isinstance(row, dict) or not ("responses" in row or "completions" in row):
-        return row_to_samples(row, DataConfig(), place)
-    (found,) = row_to_list(row, DataConfig(), place)
+        return row_to_samples(row, place, DataConfig())
+    (found,) = row_to_list(row, place, DataConfig())
     oracle = row.get("oracle")
     if oracle is not None and (
         not isinstance(oracle, list)
@@ -189,9 +189,9 @@ def _grouped(pairs: Sequence[Pair]) -> Iterator[Candidates]:
     places: dict[str, str] = {}
     for pair in pairs:
         if not isinstance(pair, Pair) or math.isnan(pair.preference):
-            raise DataError(f"{pair.place}: no preference, and no `responses`. Give lists, or pairs with a label.")
+            raise DataError(f"{pair.source_location}: no preference, and no `responses`. Give lists, or pairs with a label.")
         own = shares.setdefault(pair.prompt, {})
-        places.setdefault(pair.prompt, pair.place)
+        places.setdefault(pair.prompt, pair.source_location)
         own.setdefault(pair.response_a, []).append(pair.preference)
         own.setdefault(pair.response_b, []).append(1.0 - pair.preference)
     for prompt, own in shares.items():

@@ -86,7 +86,7 @@ def detect(row: Any) -> str:
 
 def _pairs(row: Any, place: str) -> list[Game]:
     games = []
-    for pair in row_to_samples(row, DataConfig(), place):
+    for pair in row_to_samples(row, place, DataConfig()):
         if not isinstance(pair, Pair) or np.isnan(pair.preference):
             raise BadRow("no preference. Evaluation needs prompt, two responses and which of them is better.")
         subset = _name(row, "subset", _file_name(place))

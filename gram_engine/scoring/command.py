@@ -98,7 +98,9 @@ def score_file(arguments: ScoreArguments) -> dict[str, float | None]:
     pairs = list(read_rows([arguments.input], DataConfig(**names)))
     for pair in pairs:
         if not isinstance(pair, Pair):
-            raise DataError(f"{pair.place}: a ready-made row; scoring needs prompt and two responses in fields of their own.")
+            raise DataError(
+                f"{pair.source_location}: a ready-made row; scoring needs prompt and two responses in fields of their own."
+            )
     lines = _run(arguments, pairs, _score_lines, "pairs")
     report = line_metrics(lines)
     if arguments.report:
@@ -142,7 +144,7 @@ def _score_lines(scorer: RewardModelScorer, pairs: Sequence[Pair], _first: int) 
     scores = scorer.score_pairs((pair.prompt, pair.response_a, pair.response_b) for pair in pairs)
     for pair, score in zip(pairs, scores, strict=True):
         yield {
-            "place": pair.place,
+            "place": pair.source_location,
             **asdict(score),
             "reward_b": 1.0 - score.reward_a,
             "preference": None if np.isnan(pair.preference) else pair.preference,
@@ -159,7 +161,7 @@ def _rank_lines(
             found = {"rewards": ranking.rewards, "order": ranking.order, "reference": ranking.reference}
         else:
             best, found = scorer.best_of_n(row.prompt, row.responses, method), {}
-        yield {"place": row.place, "best": best.index, "comparisons": best.comparisons, **found}
+        yield {"place": row.source_location, "best": best.index, "comparisons": best.comparisons, **found}
 
 
 def line_metrics(lines: list[dict[str, Any]]) -> dict[str, float | None]:
