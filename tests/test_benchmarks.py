@@ -80,7 +80,8 @@ def test_command_prints_a_table_and_writes_json(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "megatron-core vocab-parallel cross entropy" in done.stdout and "tokens/s" in done.stdout
     content = json.loads(output.read_text())
-    assert content["versions"]["torch"] == torch.__version__ and content["command"].startswith("gram benchmark losses --shapes tiny")
+    assert content["versions"]["torch"] == torch.__version__
+    assert content["command"].startswith("gram benchmark losses --shapes tiny")
     by_name = {(row["benchmark"], row["name"]): row for row in content["rows"]}
     assert len(by_name) == 4 + 6 + 3
     for row in content["rows"]:

@@ -73,7 +73,7 @@ def import_checkpoint(
     temporary.mkdir(parents=True)
     try:
         places = run_jobs(_write, jobs, processes, "write")
-        write_companions(temporary, config, manifest, tokenizer)
+        write_metadata_files(temporary, config, manifest, tokenizer)
         _complete(temporary, config, dtype, {place: where for of_file in places for place, where in of_file.items()})
         if verify:
             run_jobs(_verify, jobs, processes, "verify")

@@ -4,7 +4,7 @@ import contextlib
 import tempfile
 from pathlib import Path
 
-from gram_engine.benchmarks.throughput import OBJECTIVES
+from gram_engine.benchmarks.command import OBJECTIVES
 from gram_engine.benchmarks.workload import write_workload
 from gram_engine.config.parse import parse
 from gram_engine.config.validate import check
