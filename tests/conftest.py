@@ -47,7 +47,7 @@ def make_tiny_data(folder) -> dict:
         made[stage] = str(folder / stage)
         cfg = DataConfig(tokenizer_model=tokenizer, seq_length=192, template=TEMPLATE)
         manifest = preprocess([jsonl], made[stage], objective=objective, cfg=cfg, both_orders=False)
-        made["longest"][stage] = manifest["longest"]
+        made["longest"][stage] = manifest.longest
     return made
 
 

@@ -109,11 +109,11 @@ def cached(work, draw) -> str:
     data = DataConfig(
         tokenizer_model=work.tokenizer, seq_length=192, template=TEMPLATE, data_cache_path=str(work.file("cache"))
     )
-    prefix = ensure_preprocessed([work.jsonl], Config(data=data), "pair-preference", False)
+    prefix = ensure_preprocessed([work.jsonl], Config(data=data), False, Tokenizer.load("auto", work.tokenizer)).prefix
     path = Path(f"{prefix}{draw.choice(ENDINGS)}")
     before = path.read_bytes()
     path.write_bytes(damaged_bytes(draw, before))
-    assert ensure_preprocessed([work.jsonl], Config(data=data), "pair-preference", False) == prefix
+    assert ensure_preprocessed([work.jsonl], Config(data=data), False, Tokenizer.load("auto", work.tokenizer)).prefix == prefix
     assert path.read_bytes() == before
     return "made again"
 
@@ -207,7 +207,7 @@ def whole_file(work, draw) -> str:
     assert [int(n) for text in texts for n in re.findall(r"good row (\d+) end", text)] == list(range(count // 10))
     rejects = [json.loads(line) for line in work.file("mixed.rejects.jsonl").read_text().splitlines()]
     numbers = [int(re.match(rf"{re.escape(str(path))}:(\d+): .", reject["error"])[1]) for reject in rejects]
-    assert numbers == sorted(set(numbers)) and len(numbers) == manifest["counts"]["rejected"]
+    assert numbers == sorted(set(numbers)) and len(numbers) == manifest.counts["rejected"]
     assert not {number for number in numbers if lines[number - 1].startswith(b'{"prompt": "good row')}
     return f"all {count // 10} good rows in .bin"
 

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gram_engine.config.schema import Config, DataConfig
+from gram_engine.config.schema import Config, DataConfig, TrainingConfig
 from gram_engine.data.dataset import PairDataset
 from gram_engine.data.inspect import InspectArguments, describe
 from gram_engine.data.loader import PackedLoader
 from gram_engine.data.packing import best_fit_decreasing, plan, sample_costs
 from gram_engine.data.preprocess import ensure_preprocessed, preprocess
 from gram_engine.data.template import JudgeTemplate
+from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import ConfigError, DataError
 from tests.conftest import TEMPLATE, write_pairs
 
@@ -25,9 +26,16 @@ def make(data, prefix, tokenizer, objective="pair-preference", both_orders=False
     return preprocess([data], prefix, objective=objective, cfg=cfg, both_orders=both_orders, workers=workers)
 
 
-def loader(prefix, objective="pair-preference", batch=8, rank=0, size=1, tokens=400, **settings):
+def ready(tiny_data, data, objective="pair-preference", both_orders=False) -> str:
+    """Prefix in the cache."""
+    config = Config(data=data, training=TrainingConfig(objective=objective))
+    tokenizer = Tokenizer.load("auto", data.tokenizer_model)
+    return ensure_preprocessed([tiny_data["jsonl"]], config, both_orders, tokenizer).prefix
+
+
+def loader(prefix, batch=8, rank=0, size=1, tokens=400, **settings):
     return PackedLoader(
-        PairDataset(prefix), objective=objective, global_batch_size=batch, pack_tokens=tokens, pad_multiple=4,
+        PairDataset(prefix), global_batch_size=batch, pack_tokens=tokens, pad_multiple=4,
         dp_rank=rank, dp_size=size, seed=3, **settings,
     )  # fmt: skip
 
@@ -47,23 +55,23 @@ def test_a_row_that_stops_a_worker_is_named(tiny_data, tmp_path):
         make(tmp_path / "long.jsonl", tmp_path / "out", tiny_data["tokenizer"], overlong="error", workers=2)
     assert [path.name for path in tmp_path.iterdir()] == ["long.jsonl"], "nothing half-made stays behind"
     manifest = make(tmp_path / "long.jsonl", tmp_path / "out", tiny_data["tokenizer"], overlong="drop")
-    assert manifest["counts"] == {"rows": 151, "samples": 150, "truncated": 0, "dropped": 1, "rejected": 0}
+    assert manifest.counts == {"rows": 151, "samples": 150, "truncated": 0, "dropped": 1, "rejected": 0}
 
 
 def test_raw_files_are_preprocessed_once_for_the_same_settings(tiny_data, tmp_path):
     data = DataConfig(tokenizer_model=tiny_data["tokenizer"], seq_length=192, template=TEMPLATE, data_cache_path=str(tmp_path))
-    first = ensure_preprocessed([tiny_data["jsonl"]], Config(data=data), "pair-preference", False)
+    first = ready(tiny_data, data)
     written = Path(f"{first}.bin").stat().st_mtime_ns
-    assert ensure_preprocessed([tiny_data["jsonl"]], Config(data=data), "pair-preference", False) == first
+    assert ready(tiny_data, data) == first
     assert Path(f"{first}.bin").stat().st_mtime_ns == written
     others = [
-        ensure_preprocessed([tiny_data["jsonl"]], Config(data=data), "pair-preference", True),
-        ensure_preprocessed([tiny_data["jsonl"]], Config(data=data), "response-lm", False),
-        ensure_preprocessed([tiny_data["jsonl"]], Config(data=replace(data, seq_length=150)), "pair-preference", False),
+        ready(tiny_data, data, "pair-preference", True),
+        ready(tiny_data, data, "response-lm", False),
+        ready(tiny_data, replace(data, seq_length=150), "pair-preference", False),
     ]
     assert len({first, *others}) == 4
     Path(f"{first}.idx").unlink()
-    assert len(PairDataset(ensure_preprocessed([tiny_data["jsonl"]], Config(data=data), "pair-preference", False))) == 48
+    assert len(PairDataset(ready(tiny_data, data))) == 48
 
 
 def test_ready_made_rows_keep_their_order_unless_both_are_wanted(tiny_data, tmp_path):
@@ -103,16 +111,14 @@ def test_packs_that_leave_no_room_for_balance_are_kept():
 
 
 def test_data_that_does_not_suit_the_loader_is_refused(tiny_data, tmp_path):
-    with pytest.raises(ConfigError, match="was preprocessed for --objective response-lm, not pair-preference"):
-        loader(tiny_data["stage1"])
     with pytest.raises(ConfigError, match=r"has a sample of \d+ tokens, but a micro-batch holds 50"):
         loader(tiny_data["stage2"], tokens=50)
     row = {"instruction": "[User Question]\nx", "output": "an answer without markers"}
     (tmp_path / "v.jsonl").write_text(json.dumps(row) + "\n")
     make(tmp_path / "v.jsonl", tmp_path / "v", tiny_data["tokenizer"], objective="response-lm")
-    assert loader(tmp_path / "v", "response-lm", batch=1).batch(0).num_rows > 1
+    assert loader(tmp_path / "v", batch=1).batch(0).num_rows > 1
     with pytest.raises(ConfigError, match="does not show where its two responses are"):
-        loader(tmp_path / "v", "response-lm", response_loss="b")
+        loader(tmp_path / "v", response_loss="b")
 
 
 def test_orders_are_balanced_and_labels_follow_the_order(tiny_data, tmp_path):
@@ -131,7 +137,7 @@ def test_ties_half_or_dropped(tiny_data, tmp_path):
     make(tmp_path / "t.jsonl", tmp_path / "half", tiny_data["tokenizer"])
     assert 0.5 in PairDataset(tmp_path / "half").samples["preference"]
     manifest = make(tmp_path / "t.jsonl", tmp_path / "drop", tiny_data["tokenizer"], ties="drop")
-    assert len(PairDataset(tmp_path / "drop")) == 2 and manifest["counts"]["dropped"] == 1
+    assert len(PairDataset(tmp_path / "drop")) == 2 and manifest.counts["dropped"] == 1
 
 
 def test_every_sample_once_an_epoch_in_another_order_each(tiny_data):
@@ -173,14 +179,14 @@ def test_stage_1_rows_predict_the_target_and_variants_divide_it(tiny_data):
     for name, settings in {
         "both": {}, "a": {"response_loss": "a"}, "b": {"response_loss": "b"}, "text": {"marker_loss": False},
     }.items():  # fmt: skip
-        batch = loader(tiny_data["stage1"], "response-lm", **settings).batch(0)
+        batch = loader(tiny_data["stage1"], **settings).batch(0)
         counted[name] = batch.num_rows
         for pack in batch.microbatches:
             assert (pack.targets == pack.tokens[pack.rows + 1]).all()
             ends = pack.cu_seqlens[1:] - 1
             assert not set(pack.rows.tolist()) & set(ends.tolist()), "the last token of a sample predicts nothing"
     assert counted["a"] + counted["b"] == counted["both"] and counted["text"] < counted["both"]
-    ids = [i for pack in loader(tiny_data["stage1"], "response-lm").batch(0).microbatches for i in pack.sample_ids]
+    ids = [i for pack in loader(tiny_data["stage1"]).batch(0).microbatches for i in pack.sample_ids]
     expected = sum(int(dataset.lengths[i]) - int(dataset.samples["target_start"][i]) for i in ids)
     assert counted["both"] == expected
 

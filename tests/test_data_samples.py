@@ -133,7 +133,7 @@ def test_template_wording_and_hash(tmp_path):
 def test_stage_1_spans_hold_the_responses(sentencepiece_tokenizer):
     template = JudgeTemplate.load(TEMPLATE)
     pair = Pair("red blue?", "stone river", "quiet cloud window", 1.0)
-    sample = generate_sample(sentencepiece_tokenizer, layout_of(pair, template, "response-lm", False), 500, "error")
+    sample = generate_sample(sentencepiece_tokenizer, layout_of(pair, template, "generate", False), 500, "error")
     part = lambda start, end: sentencepiece_tokenizer.decode(sample.tokens[start:end]).strip()  # noqa: E731
     assert part(*sample.response_a) == "stone river" and part(*sample.response_b) == "quiet cloud window"
     assert part(sample.target_start, sample.middle).startswith("[The Start of Assistant A's Answer]")
@@ -148,7 +148,7 @@ def test_a_ready_made_row_equals_the_pair_it_was_made_from(sentencepiece_tokeniz
     ready = PreformattedRow(template.judge("red?", "stone", "river cloud"), "B")
     for swapped in (False, True):
         tokens = [
-            judge_sample(sentencepiece_tokenizer, layout_of(row, template, "pair-preference", swapped), 2000, "error").tokens
+            judge_sample(sentencepiece_tokenizer, layout_of(row, template, "judge", swapped), 2000, "error").tokens
             for row in (pair, ready)
         ]
         assert tokens[0] == tokens[1]
@@ -185,7 +185,7 @@ def test_over_long_samples_can_be_refused_and_so_are_ready_made_ones_without_mar
     template = JudgeTemplate.load(TEMPLATE)
     with pytest.raises(OverlongSample, match="tokens, over --seq-length 150. Raise it, or use --overlong"):
         build_judge(sentencepiece_tokenizer, template, "x", "word " * 200, "y", 150, "drop")
-    strange = layout_of(PreformattedRow("judge " * 200, "A"), template, "pair-preference", False)
+    strange = layout_of(PreformattedRow("judge " * 200, "A"), template, "judge", False)
     with pytest.raises(OverlongSample, match="markers of the template are not found"):
         judge_sample(sentencepiece_tokenizer, strange, 150, "truncate")
 
@@ -197,12 +197,12 @@ def test_the_authors_rows_without_a_line_break_before_the_closing_marker(sentenc
         "[The Start of Assistant A's Answer]\nYes. [The End of Assistant A's Answer]\n\n"
         "[The Start of Assistant B's Answer]\nMany\n[The End of Assistant B's Answer]",
     )
-    layout = layout_of(row, template, "response-lm", False)
+    layout = layout_of(row, template, "generate", False)
     assert layout.text == row.instruction + row.output
     slots = {name: layout.text[start:end] for name, (start, end) in layout.slots.items()}
     assert (slots["response_a"].strip(), slots["response_b"]) == ("Yes.", "Many")
     assert layout.text[layout.middle :].startswith("[The Start of Assistant B's Answer]")
-    swapped = layout_of(row, template, "response-lm", True)
+    swapped = layout_of(row, template, "generate", True)
     assert swapped.text[slice(*swapped.slots["response_a"])] == "Many"
     assert swapped.text[swapped.middle :].startswith("[The Start of Assistant B's Answer]\nYes.")
 

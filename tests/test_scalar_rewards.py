@@ -89,7 +89,7 @@ def test_packs_hold_both_texts_and_name_the_better_responses_tokens(plain, tiny_
     texts = [[plain.prefix_ids + plain.encode(f"{row['prompt']}\n\n{row[name]}</s>") for name in names] for row in ROWS]
     assert [dataset.tokens(number).tolist() for number in range(3)] == [a + b for a, b in texts]
     assert dataset.parts.tolist() == [[len(a), len(b)] for a, b in texts]
-    settings = dict(objective="bradley-terry", global_batch_size=3, pack_tokens=384, pad_multiple=64, dp_rank=0, dp_size=1)
+    settings = dict(global_batch_size=3, pack_tokens=384, pad_multiple=64, dp_rank=0, dp_size=1)
     (pack,) = PackedLoader(dataset, seed=0, sft=True, **settings).batch(0).microbatches
     bounds, rows = pack.cu_seqlens.tolist(), pack.rows.tolist()
     order = [text for number in pack.sample_ids.tolist() for text in texts[number]]

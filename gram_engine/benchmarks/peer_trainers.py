@@ -44,7 +44,7 @@ def padded_batches(prefix: str, stage: str, options, device: torch.device) -> li
     dataset = PairDataset(prefix)
     size = options.global_batch_size
     loader = PackedLoader(
-        dataset, objective=dataset.objective, global_batch_size=size, pack_tokens=size * options.seq_length, pad_multiple=1,
+        dataset, global_batch_size=size, pack_tokens=size * options.seq_length, pad_multiple=1,
         dp_rank=0, dp_size=1, seed=1234,
     )  # fmt: skip
     steps = []
@@ -56,7 +56,7 @@ def padded_batches(prefix: str, stage: str, options, device: torch.device) -> li
         bounds, order = pack.cu_seqlens.tolist(), np.random.default_rng(number).permutation(size)
         samples = [(slice(bounds[i], bounds[i + 1]), float(pack.preference[i])) for i in order]
         groups = [samples[first : first + options.peer_batch_size] for first in range(0, size, options.peer_batch_size)]
-        steps.append([_padded(pack.tokens, targets, group, dataset.manifest["label_ids"], device) for group in groups])
+        steps.append([_padded(pack.tokens, targets, group, dataset.manifest.label_ids, device) for group in groups])
     return steps
 
 

@@ -141,7 +141,7 @@ def compare(case: Case) -> list[PlannerRow]:
     parallel = config.parallel
     pp, cp = parallel.pipeline_model_parallel_size, parallel.context_parallel_size
     tokens = config.pack_tokens
-    rows = tokens - SAMPLES if config.training.objective == "response-lm" else SAMPLES
+    rows = tokens - SAMPLES if not config.task.needs_labels else SAMPLES
     pack = Pack(tokens / cp, rows / cp)
     shards = cp * case.processes // parallel.model_parallel_size if parallel.use_distributed_optimizer else 1
     rows_of_case = []

@@ -13,9 +13,11 @@ import torch
 
 from gram_engine.config.parse import parse
 from gram_engine.config.schema import Config, ModelConfig
+from gram_engine.config.task import TASKS
 from gram_engine.convert.jobs import in_files
 from gram_engine.data import demo
-from gram_engine.data.dataset import FORMAT_VERSION, SAMPLE_DTYPE
+from gram_engine.data.dataset import SAMPLE_DTYPE
+from gram_engine.data.manifest import Manifest
 from gram_engine.data.train_tokenizer import TokenizerConfig, train_tokenizer
 from gram_engine.data.writer import Chunk, DatasetWriter
 from gram_engine.errors import ConfigError
@@ -61,7 +63,7 @@ def write_workload(
     lengths = []
     for number, row in enumerate(rows):
         prompt, a, b = (max(1, round(part * stretch)) for part in LENGTHS[draw.integers(len(LENGTHS))])
-        prompt += TEMPLATE if objective == "pair-preference" else 0
+        prompt += TEMPLATE if TASKS[objective].has_label_tokens else 0
         marker = MARKER
         if equal_lengths:
             prompt, a, b, marker = 1, seq_length // 2, seq_length - seq_length // 2 - 1, 0
@@ -76,10 +78,8 @@ def write_workload(
     tokens = draw.integers(0, vocab_size, sum(lengths))
     with DatasetWriter(prefix, vocab_size) as writer:
         writer.add(Chunk(tokens, lengths, rows, samples, 0, 0))
-        labels = list(LABEL_IDS) if objective == "pair-preference" else None
-        facts = {"objective": objective, "label_ids": labels, "seq_length": seq_length, "tokenizer": {}, "template": {}}
-        manifest = {"format_version": FORMAT_VERSION, **facts, "counts": writer.counts}
-        writer.finish(manifest)
+        labels = list(LABEL_IDS) if TASKS[objective].has_label_tokens else None
+        writer.finish(Manifest({}, labels, objective=objective, seq_length=seq_length, counts=writer.counts))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 import shutil
 import warnings
@@ -23,10 +22,11 @@ from typing import Collection
 from gram_engine.checkpoint.integrity import INTEGRITY, METADATA, DamagedCheckpoint
 from gram_engine.config.parse import load_yaml
 from gram_engine.config.schema import Config
+from gram_engine.data.manifest import Manifest
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import CheckpointError, ConfigError
-from gram_engine.files import fsync, write_atomically
+from gram_engine.files import fsync, write_atomically, write_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_CONFIG, DATA_MANIFEST, TEMPLATE, TOKENIZER = "run_config.yaml", "data_manifest.json", "template.yaml", "tokenizer"
@@ -114,12 +114,11 @@ def run_config_of(checkpoint: str | Path) -> Config:
     raise DamagedCheckpoint(f"{path} is damaged, or not of this engine ({reason}).")
 
 
-def write_metadata_files(folder: Path, config: Config, manifest: dict, tokenizer: Tokenizer) -> None:
+def write_metadata_files(folder: Path, config: Config, manifest: Manifest, tokenizer: Tokenizer) -> None:
     """Write what loading and exporting a checkpoint need besides its tensors: configuration, data manifest, tokenizer ..."""
     config.save(folder / RUN_CONFIG)
-    with write_atomically(folder / DATA_MANIFEST) as handle:
-        json.dump(manifest, handle, indent=1)
-    template = {key: value for key, value in manifest["template"].items() if key != "sha256"}
+    write_json(folder / DATA_MANIFEST, manifest.to_dict())
+    template = {key: value for key, value in manifest.template.items() if key != "sha256"}
     with write_atomically(folder / TEMPLATE) as handle:
         handle.write(JudgeTemplate.from_dict(template, DATA_MANIFEST).to_yaml())
     tokenizer.save_pretrained(folder / TOKENIZER)

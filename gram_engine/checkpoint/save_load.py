@@ -36,6 +36,7 @@ from gram_engine.checkpoint.run_lock import RunLock
 from gram_engine.checkpoint.safe_pickle import check_no_code, read_metadata
 from gram_engine.checkpoint.writer import PendingCheckpoint
 from gram_engine.config.schema import Config
+from gram_engine.data.manifest import Manifest
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import CheckpointError, GramError
 from gram_engine.log import log
@@ -92,10 +93,10 @@ class CheckpointSaver:
     that leaves the older checkpoints unchanged.
     """
 
-    def __init__(self, config: Config, data_manifest: dict):
+    def __init__(self, config: Config, data_manifest: Manifest, tokenizer: Tokenizer | None = None):
         self.config = config
         self.data_manifest = data_manifest
-        self.tokenizer: Tokenizer | None = None
+        self.tokenizer = tokenizer
         self.pending: PendingCheckpoint | None = None
         self.resumed_from: Path | None = None
         self.lock: RunLock | None = None

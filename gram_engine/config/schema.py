@@ -16,6 +16,7 @@ from typing import Literal, Optional
 
 import yaml
 
+from gram_engine.config.task import TASKS, ObjectiveName, Task
 from gram_engine.files import write_atomically
 from gram_engine.log import redact
 
@@ -160,7 +161,7 @@ class ParallelConfig:
 class TrainingConfig:
     """Objective, batch, length of the run, precision and optimizer."""
 
-    objective: Literal["response-lm", "pair-preference", "bradley-terry"] = "pair-preference"
+    objective: ObjectiveName = "pair-preference"
     """response-lm: stage 1 (Eq. 4). pair-preference: stage 2, label tokens (Eq. 6-8). bradley-terry: scalar head (Eq. 1)."""
     response_loss: Literal["both", "a", "b"] = "both"
     """Stage 1: responses that carry loss; 'b' is the paper's GRAM-v3, 'a' its GRAM-v4."""
@@ -325,14 +326,14 @@ class Config:
         return 1 if context == 1 else 2 * context
 
     @property
-    def texts_per_sample(self) -> int:
-        """Texts that the model reads of one sample, each of --seq-length tokens at most."""
-        return 2 if self.has_scalar_head else 1
+    def task(self) -> Task:
+        """What the objective needs of data and model."""
+        return TASKS[self.training.objective]
 
     @property
     def pack_tokens(self) -> int:
         """Most tokens of a micro-batch."""
-        return self.training.micro_batch_size * self.texts_per_sample * self.data.seq_length
+        return self.training.micro_batch_size * self.task.sequences_per_sample * self.data.seq_length
 
     @property
     def pack_multiple(self) -> int:
@@ -348,13 +349,13 @@ class Config:
     def prunes_last_layer(self) -> bool:
         """Whether the model returns the label rows alone."""
         training = self.training
-        at_label_rows = training.objective == "pair-preference" or not self.has_vocabulary_head
+        at_label_rows = self.task.has_label_tokens or not self.has_vocabulary_head
         return at_label_rows and training.fused_losses and training.prune_last_layer
 
     @property
     def has_scalar_head(self) -> bool:
         """Whether the model gives each sequence a reward of its own."""
-        return self.training.objective == "bradley-terry"
+        return self.task.head == "scalar"
 
     @property
     def has_vocabulary_head(self) -> bool:
@@ -365,8 +366,7 @@ class Config:
     def label_rows_only(self) -> bool:
         """Whether the output weight serves at two rows alone, and the head norms the hidden rows."""
         training = self.training
-        two_token = training.objective == "pair-preference" and training.label_softmax == "two-token"
-        return two_token and training.fused_losses
+        return self.task.head == "labels" and training.label_softmax == "two-token" and training.fused_losses
 
     def to_yaml(self) -> str:
         """The whole configuration as YAML, in sections and without access tokens; `parse --config` reads it back."""

@@ -137,7 +137,7 @@ def check_lora(config: Config):
     if rank is None:
         return
     yield config.training.freeze is not None, "--lora-rank freezes all weights: leave --freeze out."
-    yield config.training.objective == "bradley-terry", (
+    yield config.has_scalar_head, (
         "--lora-rank would freeze the scalar head of --objective bradley-terry: leave it out, or use --freeze backbone."
     )
     yield rank < 1, f"--lora-rank {rank} must be at least 1. Leave it out to train all weights."

@@ -18,6 +18,7 @@ from gram_engine.checkpoint.integrity import seal
 from gram_engine.checkpoint.torch_dist import Key, TorchDistCheckpoint, describe, write_file, write_metadata
 from gram_engine.config.schema import Config
 from gram_engine.convert.jobs import Job, check_room, in_files, run_jobs, same_bits
+from gram_engine.data.manifest import Manifest, described
 from gram_engine.data.samples import label_ids
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
@@ -85,12 +86,9 @@ def import_checkpoint(
     return final
 
 
-def _manifest(config: Config, tokenizer: Tokenizer) -> dict:
+def _manifest(config: Config, tokenizer: Tokenizer) -> Manifest:
     template = JudgeTemplate.load(config.data.template)
-    return {
-        "template": {**template.to_dict(), "sha256": template.sha256},
-        "label_ids": list(label_ids(tokenizer, template)),
-    }
+    return Manifest(described(template), list(label_ids(tokenizer, template)))
 
 
 def _tensors(job: Job) -> Iterator[tuple[Key, Tensor]]:

@@ -3,7 +3,7 @@
 PREFIX.bin/.idx      tokens (megatron-core IndexedDataset), one sequence per (pair, order); for bradley-terry one per pair,
                      [x, y_a] and [x, y_b] end to end
 PREFIX.samples.npy   structured array of SAMPLE_DTYPE, one row per sequence
-PREFIX.json          manifest: what the tokens were made from and how, sizes and checksums (integrity.py); written last
+PREFIX.json          manifest: what the samples were made from and how, sizes and checksums (manifest.py); written last
 """
 
 from __future__ import annotations
@@ -12,16 +12,12 @@ import warnings
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from gram_engine.data.integrity import AGAIN, check_files, check_index, check_seal
+from gram_engine.data.integrity import AGAIN, check_files, check_index
+from gram_engine.data.manifest import Manifest
 from gram_engine.errors import DataError
-from gram_engine.files import read_json
-
-FORMAT_VERSION = 2
-"""2: with checksums. Data of version 1 is refused: making it again takes less time than training on damaged tokens."""
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -41,9 +37,6 @@ SAMPLE_DTYPE = np.dtype(
     ]
 )
 POSITIONS = ("target_start", "a_start", "a_end", "middle", "b_start", "b_end")
-
-# What readers of a manifest rely on.
-_MANIFEST_FIELDS = {"objective": str, "seq_length": int, "counts": dict, "tokenizer": dict, "template": dict, "files": dict}
 
 
 def indexed_dataset_module():
@@ -66,10 +59,10 @@ class PairDataset:
 
     def __init__(self, prefix: str | Path, whole: bool = False) -> None:
         self.prefix = str(prefix)
-        self.manifest: dict[str, Any] = read_manifest(self.prefix)
+        self.manifest = Manifest.read(self.prefix)
         try:
-            check_files(self.prefix, self.manifest["files"], whole)
-            check_index(self.prefix, self.manifest["counts"]["samples"])
+            check_files(self.prefix, self.manifest.files, whole)
+            check_index(self.prefix, self.manifest.counts["samples"])
             self.samples: np.ndarray = np.load(self.prefix + ".samples.npy")
             self._sequences = indexed_dataset_module().IndexedDataset(self.prefix, mmap=True)
         except DataError:
@@ -93,15 +86,10 @@ class PairDataset:
     @cached_property
     def parts(self) -> np.ndarray:
         """Tokens that see each other, [len(self), 1] int64; for bradley-terry [len(self), 2], the two texts of a pair."""
-        if self.objective != "bradley-terry":
+        if self.manifest.task.sequences_per_sample == 1:
             return self.lengths[:, None]
         middle = self.samples["middle"].astype(np.int64)
         return np.stack([middle, self.lengths - middle], axis=1)
-
-    @property
-    def objective(self) -> str:
-        """The objective the tokens were laid out for."""
-        return self.manifest["objective"]
 
     def _check_rows(self) -> None:
         path, rows = f"{self.prefix}.samples.npy", self.samples
@@ -110,30 +98,9 @@ class PairDataset:
         wrong = ~np.isin(rows["order"], (0, 1)) | (rows["preference"] < 0) | (rows["preference"] > 1) | ~(rows["weight"] >= 0)
         for name in POSITIONS:
             wrong |= (rows[name] < -1) | (rows[name] > self.lengths)
-        if self.objective == "response-lm":
+        if self.manifest.task.text == "generate":
             wrong |= rows["target_start"] < 1
             for earlier, later in pairwise(POSITIONS):
                 wrong |= (rows["middle"] >= 0) & (rows[earlier] > rows[later])
         if wrong.any():
             raise DataError(f"{path}: row {int(np.argmax(wrong))} has values that its sequence cannot have. {AGAIN}")
-
-
-def read_manifest(prefix: str | Path) -> dict[str, Any]:
-    """The manifest of preprocessed data.
-
-    Raises:
-        DataError: it is missing, damaged, or of another format version.
-    """
-    path = Path(f"{prefix}.json")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file. Make it with: gram preprocess --data FILE --output-prefix {prefix}")
-    manifest = read_json(path, DataError, AGAIN)
-    version = manifest.get("format_version")
-    if version is None:
-        raise DataError(f"{path}: not a manifest of preprocessed data. {AGAIN}")
-    if version != FORMAT_VERSION:
-        raise DataError(f"{path}: format version {version}, this engine reads {FORMAT_VERSION}. {AGAIN}")
-    check_seal(path, manifest)
-    if not all(isinstance(manifest.get(name), kind) for name, kind in _MANIFEST_FIELDS.items()):
-        raise DataError(f"{path}: not a manifest of preprocessed data: a field is missing. {AGAIN}")
-    return manifest

@@ -50,10 +50,10 @@ def describe(arguments: InspectArguments) -> Iterator[str]:
     if not 0 <= arguments.sample < len(dataset):
         raise ConfigError(f"--sample {arguments.sample}: {arguments.prefix} holds samples 0 to {len(dataset) - 1}.")
     manifest = dataset.manifest
-    tokenizer = Tokenizer.load(manifest["tokenizer"]["type"], manifest["tokenizer"]["path"])
+    tokenizer = Tokenizer.load(manifest.tokenizer["type"], manifest.tokenizer["path"])
     pack = _pack_of(dataset, arguments.sample, max(arguments.pack_tokens, int(dataset.lengths.max())))
     yield (
-        f"{arguments.prefix}: {manifest['objective']}, template {manifest['template']['name']}, "
+        f"{arguments.prefix}: {manifest.objective}, template {manifest.template['name']}, "
         f"{len(dataset)} samples; this pack: {len(pack.sample_ids)} samples, {len(pack.tokens)} tokens, "
         f"{len(pack.rows)} rows that predict"
     )
@@ -69,7 +69,6 @@ def _pack_of(dataset: PairDataset, sample: int, pack_tokens: int) -> PackedBatch
     """The pack that would hold the sample if its neighbours were one global batch."""
     loader = PackedLoader(
         dataset,
-        objective=dataset.objective,
         global_batch_size=8,
         pack_tokens=pack_tokens,
         pad_multiple=1,
@@ -91,15 +90,15 @@ def _describe_sample(
         f"weight {facts['weight']:g} | tokens {start} to {end - 1} of the pack"
     )
     rows = pack.rows[(pack.rows >= start) & (pack.rows < end)]
-    if dataset.objective == "pair-preference":
+    if manifest.task.text == "judge":
         yield f"  context       | {_text(tokenizer, pack.tokens[start:end])}"
-        label_a, label_b = manifest["label_ids"]
+        label_a, label_b = manifest.label_ids
         yield (
             f"  label row {rows.item()} | after {tokenizer.token(pack.tokens[rows.item()])!r}: "
             f"loss on {tokenizer.token(label_a)!r} ({label_a}) against {tokenizer.token(label_b)!r} ({label_b})"
         )
         return
-    if dataset.objective == "bradley-terry":
+    if manifest.task.text == "conversations":
         for response, row in zip("AB", rows.tolist()):
             yield f"  response {response}    | {_text(tokenizer, pack.tokens[start : row + 1])}"
             yield f"  reward row {row} | after {tokenizer.token(pack.tokens[row])!r}"

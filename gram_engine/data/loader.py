@@ -87,14 +87,13 @@ class PackedLoader:
         sft: bradley-terry, whether batches name the tokens of the better response.
 
     Raises:
-        ConfigError: the data set was made for another objective, or a sample is longer than a pack.
+        ConfigError: a sample is longer than a pack.
     """
 
     def __init__(
         self,
         dataset: PairDataset,
         *,
-        objective: str,
         global_batch_size: int,
         pack_tokens: int,
         pad_multiple: int,
@@ -108,11 +107,6 @@ class PackedLoader:
         sft: bool = False,
         attention_cost: float = ATTENTION_COST,
     ) -> None:
-        if dataset.objective != objective:
-            raise ConfigError(
-                f"{dataset.prefix} was preprocessed for --objective {dataset.objective}, not {objective}. "
-                "Preprocess it for this objective, or use the other data."
-            )
         self._padded_lengths = -(-dataset.lengths // sequence_multiple) * sequence_multiple
         longest = int(self._padded_lengths.max(initial=0))
         if longest > pack_tokens:
@@ -121,7 +115,6 @@ class PackedLoader:
                 f"Raise --seq-length or --micro-batch-size, or preprocess with --seq-length {pack_tokens}."
             )
         self.dataset = dataset
-        self.objective = objective
         self.global_batch_size = global_batch_size
         self.pack_tokens = pack_tokens
         self.pad_multiple = pad_multiple
@@ -129,7 +122,7 @@ class PackedLoader:
         self.seed = seed
         self.microbatch_multiple = microbatch_multiple
         self.attention_cost = attention_cost
-        self._loss_ranges = _loss_ranges(dataset, objective, response_loss, marker_loss)
+        self._loss_ranges = _loss_ranges(dataset, response_loss, marker_loss)
         self._sft_ranges = _better_responses(dataset) if sft else []
         self._num_rows = sum(np.maximum(end - start, 0) for start, end, *_ in self._sft_ranges or self._loss_ranges)
         self._squares = (dataset.parts**2).sum(axis=1)
@@ -185,7 +178,7 @@ class PackedLoader:
         cu_seqlens = bounds if used == size else np.append(bounds, size)
         position_ids = np.arange(size) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
         rows = self._rows(ids, starts)
-        targets = tokens[rows + 1] if self.objective == "response-lm" else np.empty(0, np.int64)
+        targets = tokens[rows + 1] if self.dataset.manifest.task.text == "generate" else np.empty(0, np.int64)
         facts = self.dataset.samples[ids]
         return PackedBatch(
             tokens=torch.from_numpy(tokens),
@@ -232,11 +225,11 @@ class PackedLoader:
 
 
 def _loss_ranges(
-    dataset: PairDataset, objective: str, response_loss: str, marker_loss: bool
+    dataset: PairDataset, response_loss: str, marker_loss: bool
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Ranges of predicting positions of every sample, [(first [n], end [n]), ...], one before the tokens they predict."""
     facts, lengths = dataset.samples, dataset.lengths
-    if objective != "response-lm":
+    if dataset.manifest.task.text != "generate":
         ends = dataset.parts.cumsum(axis=1)
         return [(end - 1, end) for end in ends.T]
     names = ["target_start", "a_start", "a_end", "middle", "b_start", "b_end"]

@@ -16,18 +16,19 @@ import sys
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Optional, Sequence
+from typing import Iterable, Iterator, Optional, Sequence
 
 import numpy as np
 from tqdm import tqdm
 
 from gram_engine.config.parse import fail, parse
 from gram_engine.config.schema import Config, DataConfig
+from gram_engine.config.task import TASKS, ObjectiveName, Task
 from gram_engine.data.conversation import Conversation
-from gram_engine.data.dataset import FORMAT_VERSION, SAMPLE_DTYPE, PairDataset
+from gram_engine.data.dataset import SAMPLE_DTYPE, PairDataset
+from gram_engine.data.manifest import FORMAT_VERSION, Manifest, described
 from gram_engine.data.readers import OnReject, read_rows
 from gram_engine.data.samples import (
-    Objective,
     OverlongSample,
     Sample,
     check_seq_length,
@@ -58,36 +59,44 @@ def preprocess(
     paths: Sequence[str | Path],
     prefix: str | Path,
     *,
-    objective: Objective,
+    objective: str,
     cfg: DataConfig,
     both_orders: bool,
     workers: int = 1,
     seed: int = 1234,
-) -> dict[str, Any]:
+    tokenizer: Optional[Tokenizer] = None,
+    fingerprints: Optional[Sequence[str]] = None,
+) -> Manifest:
     """Write PREFIX.bin/.idx/.samples.npy/.json (and .rejects.jsonl with cfg.skip_bad_rows); returns the manifest.
+
+    Args:
+        tokenizer: the one that `cfg` names, if it is loaded already.
+        fingerprints: SHA-256 of each of `paths`, if they are known already.
 
     Raises:
         ConfigError: tokenizer, template or seq_length cannot work, or both orders are asked for where they are the same.
         DataError: a bad row ("file:line: what; remedy"), or nothing left to train on.
     """
-    if both_orders and objective == "bradley-terry":
+    task = TASKS[objective]
+    if both_orders and not task.order_matters:
         raise ConfigError("--pair-order both: the Bradley-Terry loss is the same in both orders. Leave it out.")
-    tokenizer = Tokenizer.load(cfg.tokenizer_type, _tokenizer_path(cfg))
+    tokenizer = tokenizer or Tokenizer.load(cfg.tokenizer_type, _tokenizer_path(cfg))
+    fingerprints = fingerprints or [source_fingerprint(path) for path in paths]
     template = JudgeTemplate.load(cfg.template or DEFAULT_TEMPLATE)
-    labels = label_ids(tokenizer, template) if objective == "pair-preference" else None
-    conversation = Conversation.of(tokenizer) if objective == "bradley-terry" else None
-    check_seq_length(tokenizer, template, conversation, objective, cfg.seq_length)
+    labels = label_ids(tokenizer, template) if task.has_label_tokens else None
+    conversation = Conversation.of(tokenizer) if task.text == "conversations" else None
+    check_seq_length(tokenizer, template, conversation, task.text, cfg.seq_length)
     rejects = RejectsFile(prefix, enabled=cfg.skip_bad_rows)
     progress = {"disable": not sys.stderr.isatty(), "unit": " rows"}
-    checked = checked_rows(paths, cfg, objective, template, rejects)
+    checked = checked_rows(paths, cfg, task, template, rejects)
     num_rows = sum(1 for _ in tqdm(checked, desc="checking", **progress))
     rejects.close()
 
-    task = _Task(tokenizer, template, conversation, objective, cfg.seq_length, cfg.overlong, cfg.ties, both_orders, seed)
-    rows = enumerate(checked_rows(paths, cfg, objective, template, rejects.ignore))
+    tokenise = _Tokenise(tokenizer, template, conversation, task, cfg.seq_length, cfg.overlong, cfg.ties, both_orders, seed)
+    rows = enumerate(checked_rows(paths, cfg, task, template, rejects.ignore))
     with DatasetWriter(prefix, tokenizer.vocab_size) as writer:
         bar = tqdm(total=num_rows, desc="tokenising", **progress)
-        for chunk in _tokenised(task, rows, workers):
+        for chunk in _tokenised(tokenise, rows, workers):
             writer.add(chunk)
             bar.update(chunk.num_rows)
         bar.close()
@@ -96,48 +105,47 @@ def preprocess(
                 f"{', '.join(map(str, paths))}: no sample is left of {num_rows} rows ({rejects.count} rejected, "
                 f"{writer.counts['dropped']} dropped). Look at the rejects, or change --overlong and --ties."
             )
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "objective": objective,
-            "seq_length": cfg.seq_length,
-            "overlong": cfg.overlong,
-            "ties": cfg.ties,
-            "pair_order": "both" if both_orders else "random",
-            "seed": seed,
-            "counts": {"rows": num_rows, **writer.counts, "rejected": rejects.count},
-            "tokens": sum(writer.lengths),
-            "longest": max(writer.lengths),
-            "label_ids": list(labels) if labels else None,
-            "tokenizer": {
+        manifest = Manifest(
+            template=described(template),
+            label_ids=list(labels) if labels else None,
+            objective=objective,
+            seq_length=cfg.seq_length,
+            overlong=cfg.overlong,
+            ties=cfg.ties,
+            pair_order="both" if both_orders else "random",
+            seed=seed,
+            counts={"rows": num_rows, **writer.counts, "rejected": rejects.count},
+            tokens=sum(writer.lengths),
+            longest=max(writer.lengths),
+            tokenizer={
                 "type": tokenizer.tokenizer_type,
                 "path": tokenizer.path,
                 "fingerprint": tokenizer.fingerprint,
                 "vocab_size": tokenizer.vocab_size,
                 "eos_id": tokenizer.eos_id,
             },
-            "template": {**template.to_dict(), "sha256": template.sha256},
-            "conversation": conversation.to_dict() if conversation else None,
-            "sources": [{"path": str(path), "sha256": source_fingerprint(path)} for path in paths],
-        }
+            conversation=conversation.to_dict() if conversation else None,
+            sources=[{"path": str(path), "sha256": digest} for path, digest in zip(paths, fingerprints)],
+        )
         writer.finish(manifest)
     return manifest
 
 
-def ensure_preprocessed(files: Sequence[str | Path], config: Config, objective: Objective, both_orders: bool) -> str:
-    """Prefix of the preprocessed files in --data-cache-path, made now unless they are there already.
+def ensure_preprocessed(files: Sequence[str | Path], config: Config, both_orders: bool, tokenizer: Tokenizer) -> PairDataset:
+    """The preprocessed files in --data-cache-path, made now unless they are there already.
 
     The name is a hash of the files' content and of every setting that shapes the result. To be called by one process of a
     run; of several runs at once, one makes it.
     """
-    cfg, seed = config.data, config.training.seed
+    cfg, seed, objective = config.data, config.training.seed, config.training.objective
     for path in files:
         if not source_is_there(path):
             raise DataError(missing_source_message(path))
-    tokenizer = Tokenizer.load(cfg.tokenizer_type, _tokenizer_path(cfg))
+    fingerprints = [source_fingerprint(path) for path in files]
     settings = ("overlong", "ties", "skip_bad_rows", "seq_length", "prompt_key", "chosen_key", "rejected_key")
     identity = {
         "format_version": FORMAT_VERSION,
-        "files": [source_fingerprint(path) for path in files],
+        "files": fingerprints,
         "objective": objective,
         "both_orders": both_orders,
         "seed": seed,
@@ -149,22 +157,32 @@ def ensure_preprocessed(files: Sequence[str | Path], config: Config, objective: 
     prefix = str(Path(cfg.data_cache_path) / f"{Path(str(files[0]).replace(':', '-')).name.split('.')[0]}-{objective}-{key}")
     with locked(f"{prefix}.lock"):
         try:
-            PairDataset(prefix, whole=True)
+            return PairDataset(prefix, whole=True)
         except DataError as error:
             if Path(f"{prefix}.json").is_file():
                 logger.warning("%s Doing that now.", error)
-            options = dict(cfg=cfg, both_orders=both_orders, workers=cfg.preprocess_workers, seed=seed)
-            logger.info("%s: %s", prefix, summary(preprocess(files, prefix, objective=objective, **options)))
-    return prefix
+            manifest = preprocess(
+                files,
+                prefix,
+                objective=objective,
+                cfg=cfg,
+                both_orders=both_orders,
+                workers=cfg.preprocess_workers,
+                seed=seed,
+                tokenizer=tokenizer,
+                fingerprints=fingerprints,
+            )
+            logger.info("%s: %s", prefix, summary(manifest))
+        return PairDataset(prefix)
 
 
-def summary(manifest: dict[str, Any]) -> str:
+def summary(manifest: Manifest) -> str:
     """What came out, in a line."""
-    counts = manifest["counts"]
-    mean = manifest["tokens"] / counts["samples"]
+    counts = manifest.counts
+    mean = manifest.tokens / counts["samples"]
     return (
-        f"{counts['rows']:,} rows -> {counts['samples']:,} samples, {manifest['tokens']:,} tokens (mean {mean:,.0f}, longest "
-        f"{manifest['longest']:,}); {counts['truncated']:,} truncated, {counts['dropped']:,} dropped, "
+        f"{counts['rows']:,} rows -> {counts['samples']:,} samples, {manifest.tokens:,} tokens (mean {mean:,.0f}, longest "
+        f"{manifest.longest:,}); {counts['truncated']:,} truncated, {counts['dropped']:,} dropped, "
         f"{counts['rejected']:,} rejected"
     )
 
@@ -172,14 +190,14 @@ def summary(manifest: dict[str, Any]) -> str:
 def checked_rows(
     paths: Sequence[str | Path],
     cfg: DataConfig,
-    objective: Objective,
+    task: Task,
     template: JudgeTemplate,
     on_reject: Optional[OnReject],
 ) -> Iterator[Row]:
-    """`read_rows`, with a check that each row can serve the objective."""
+    """`read_rows`, with a check that each row can serve the task."""
     on_reject = on_reject if cfg.skip_bad_rows else None
     for row in read_rows(paths, cfg, on_reject):
-        problem = _unfit(row, objective, template)
+        problem = _unfit(row, task, template)
         if problem is None:
             yield row
         elif on_reject is None:
@@ -190,22 +208,21 @@ def checked_rows(
             on_reject(DataError(f"{row.source_location}: {one_line(problem)}"), fields)
 
 
-def _unfit(row: Row, objective: Objective, template: JudgeTemplate) -> Optional[str]:
+def _unfit(row: Row, task: Task, template: JudgeTemplate) -> Optional[str]:
     labelled = not math.isnan(preference_of(row, template))
-    needs_label = objective != "response-lm"
-    if needs_label and isinstance(row, Pair) and not labelled:
-        return f"no label, which {objective} needs. Add label (A, B or tie), or train with --objective response-lm."
-    if needs_label and not labelled:
+    if task.needs_labels and isinstance(row, Pair) and not labelled:
+        return f"no label, which {task.name} needs. Add label (A, B or tie), or train with --objective response-lm."
+    if task.needs_labels and not labelled:
         return (
             f"output is '{row.output[:40]}', not {template.label_a} or {template.label_b}. "
             "Ready-made rows of stage 1 are for --objective response-lm."
         )
-    if objective == "bradley-terry" and pair_of(row, template) is None:
+    if task.text == "conversations" and pair_of(row, template) is None:
         return (
-            f"a ready-made row without the markers of the template {template.name}, between which bradley-terry finds prompt "
+            f"a ready-made row without the markers of the template {template.name}, between which {task.name} finds prompt "
             "and responses. Give them in fields of their own, or name the row's template with --template."
         )
-    if objective == "response-lm" and isinstance(row, PreformattedRow) and labelled:
+    if not task.needs_labels and isinstance(row, PreformattedRow) and labelled:
         return (
             f"output is the label {row.output.strip()}, not two responses. "
             "Ready-made rows of stage 2 are for --objective pair-preference."
@@ -223,13 +240,13 @@ def swapped_first(seed: int, number: int) -> bool:
 
 
 @dataclasses.dataclass
-class _Task:
+class _Tokenise:
     """All that a worker needs to tokenise rows."""
 
     tokenizer: Tokenizer
     template: JudgeTemplate
     conversation: Optional[Conversation]
-    objective: Objective
+    task: Task
     seq_length: int
     overlong: str
     ties: str
@@ -242,7 +259,7 @@ class _Task:
         lengths, records, truncated, dropped = [], [], 0, 0
         for number, row in rows:
             preference = preference_of(row, self.template)
-            if preference == 0.5 and self.ties == "drop" and self.objective != "response-lm":
+            if preference == 0.5 and self.ties == "drop" and self.task.needs_labels:
                 dropped += 1
                 continue
             try:
@@ -263,20 +280,20 @@ class _Task:
         return Chunk(np.array(tokens, np.int32), lengths, np.array(records, SAMPLE_DTYPE), len(rows), truncated, dropped)
 
     def _orders(self, number: int, row: Row) -> tuple[int, ...]:
-        if self.objective == "bradley-terry":
+        if not self.task.order_matters:
             return (0,)
         if isinstance(row, PreformattedRow):  # used as written; swapped only where both orders are wanted and possible
-            if self.both_orders and layout_of(row, self.template, self.objective, swapped=False).has_responses:
+            if self.both_orders and layout_of(row, self.template, self.task.text, swapped=False).has_responses:
                 return (0, 1)
             return (0,)
         return (0, 1) if self.both_orders else (int(swapped_first(self.seed, number)),)
 
     def _sample(self, row: Row, swapped: bool) -> Sample:
-        if self.objective == "bradley-terry":
+        if self.task.text == "conversations":
             pair = pair_of(row, self.template)
             return conversations_sample(self.tokenizer, self.conversation, pair, self.seq_length, self.overlong)
-        layout = layout_of(row, self.template, self.objective, swapped)
-        build = judge_sample if self.objective == "pair-preference" else generate_sample
+        layout = layout_of(row, self.template, self.task.text, swapped)
+        build = judge_sample if self.task.text == "judge" else generate_sample
         try:
             return build(self.tokenizer, layout, self.seq_length, self.overlong)
         except ConfigError:  # check_seq_length found room beside the template: it is the row that leaves none
@@ -286,30 +303,30 @@ class _Task:
             ) from None
 
 
-_worker_task: Optional[_Task] = None
+_worker: Optional[_Tokenise] = None
 
 
-def _start_worker(task: _Task) -> None:
-    global _worker_task
+def _start_worker(tokenise: _Tokenise) -> None:
+    global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_task = task
+    _worker = tokenise
 
 
 def _run_in_worker(rows: list[tuple[int, Row]]) -> Chunk:
-    return _worker_task.run(rows)
+    return _worker.run(rows)
 
 
-def _tokenised(task: _Task, rows: Iterable[tuple[int, Row]], workers: int) -> Iterator[Chunk]:
+def _tokenised(tokenise: _Tokenise, rows: Iterable[tuple[int, Row]], workers: int) -> Iterator[Chunk]:
     """Chunks in the order of the rows; at most a few per worker are in flight, so memory stays small."""
-    tasks = _batched(rows, ROWS_PER_TASK)
+    batches = _batched(rows, ROWS_PER_TASK)
     if workers <= 1:
-        yield from map(task.run, tasks)
+        yield from map(tokenise.run, batches)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(task,)) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(tokenise,)) as pool:
         pending: deque = deque()
         try:
-            for batch in tasks:
+            for batch in batches:
                 pending.append(pool.submit(_run_in_worker, batch))
                 if len(pending) > 4 * workers:
                     yield pending.popleft().result()
@@ -337,7 +354,7 @@ class OutputConfig:
 
     output_prefix: Optional[str] = None
     """Prefix of the files: PREFIX.bin, .idx, .samples.npy, .json (required)."""
-    objective: Objective = "pair-preference"
+    objective: ObjectiveName = "pair-preference"
     """What the data is for: response-lm (stage 1), pair-preference (stage 2) or bradley-terry."""
     seed: int = 1234
     """Seed of the order in which the two responses are shown."""

@@ -23,7 +23,6 @@ from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import ConfigError, DataError
 
 Overlong = Literal["truncate", "drop", "error"]
-Objective = Literal["response-lm", "pair-preference", "bradley-terry"]
 
 LEAST_SLOT_TOKENS = 8
 """Room that the prompt and each response must have beside the template."""
@@ -185,15 +184,15 @@ def _fitting(
 
 
 def check_seq_length(
-    tokenizer: Tokenizer, template: JudgeTemplate, conversation: Conversation | None, objective: Objective, max_tokens: int
+    tokenizer: Tokenizer, template: JudgeTemplate, conversation: Conversation | None, text: str, max_tokens: int
 ) -> None:
-    """Raise ConfigError where `max_tokens` leaves no room beside the template (bradley-terry: the conversation's)."""
-    if objective == "bradley-terry":
+    """Raise ConfigError if `max_tokens` leaves no room beside the template, or the conversation, of a task's `text`."""
+    if text == "conversations":
         layout = conversation.layout("", "")
         empty = conversation_sample(tokenizer, conversation, "", "", sys.maxsize, "error")
     else:
-        layout = layout_of(Pair("", "", "", 0.5), template, objective, swapped=False)
-        builder = judge_sample if objective == "pair-preference" else generate_sample
+        layout = layout_of(Pair("", "", "", 0.5), template, text, swapped=False)
+        builder = judge_sample if text == "judge" else generate_sample
         empty = builder(tokenizer, layout, sys.maxsize, "error")
     _check_room(max_tokens - len(empty.tokens), len(layout.slots), max_tokens)
 
@@ -241,18 +240,18 @@ def _cuts(layout: Layout, pieces: dict, shares: dict[str, int]) -> list[Span]:
     return cuts
 
 
-def layout_of(row: Pair | PreformattedRow, template: JudgeTemplate, objective: Objective, swapped: bool) -> Layout:
-    """The text of a row for an objective, with its responses as given or swapped.
+def layout_of(row: Pair | PreformattedRow, template: JudgeTemplate, text: str, swapped: bool) -> Layout:
+    """The layout of a row for a task's `text` (judge or generate), with its responses as given or swapped.
 
     Raises:
         DataError: a ready-made row cannot serve this objective (its text without the place).
     """
     if isinstance(row, Pair):
         a, b = (row.response_b, row.response_a) if swapped else (row.response_a, row.response_b)
-        if objective == "pair-preference":
+        if text == "judge":
             return template.judge_layout(row.prompt, a, b)
         return template.generate_layout(row.prompt).followed_by(template.responses_layout(a, b))
-    if objective == "pair-preference":
+    if text == "judge":
         layout = template.find_judge(row.instruction) or Layout(row.instruction, {})
     else:
         user = template.find_generate(row.instruction) or Layout(row.instruction, {})

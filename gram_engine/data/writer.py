@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from gram_engine.data.dataset import indexed_dataset_module
-from gram_engine.data.integrity import ENDINGS, describe_files, sealed
+from gram_engine.data.integrity import ENDINGS, describe_files
+from gram_engine.data.manifest import Manifest
 from gram_engine.errors import DataError
 from gram_engine.files import fsync, write_atomically
 
@@ -56,17 +57,17 @@ class DatasetWriter:
         for name, number in (("samples", len(chunk.lengths)), ("truncated", chunk.truncated), ("dropped", chunk.dropped)):
             self.counts[name] += number
 
-    def finish(self, manifest: dict[str, Any]) -> None:
+    def finish(self, manifest: Manifest) -> None:
+        """Complete the manifest and give the files their names."""
         self._builder.finalize(f"{self._temporary}.idx")
         with open(f"{self._temporary}.samples.npy", "wb") as handle:
             np.save(handle, np.concatenate(self._samples))
-        described = sealed({**manifest, "files": describe_files(self._temporary)})
+        manifest.files = describe_files(self._temporary)
         Path(f"{self.prefix}.json").unlink(missing_ok=True)
         for ending in ENDINGS:
             fsync(f"{self._temporary}{ending}")
             os.replace(f"{self._temporary}{ending}", f"{self.prefix}{ending}")
-        with write_atomically(f"{self.prefix}.json") as handle:
-            json.dump(described, handle, indent=1)
+        manifest.write(f"{self.prefix}.json")
 
     def __exit__(self, *_: Any) -> None:
         self._builder.data_file.close()

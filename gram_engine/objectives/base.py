@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
+from gram_engine.config.schema import Config
 from gram_engine.data.loader import PackedBatch
 
 
@@ -41,6 +42,20 @@ class Objective:
     """Whether tensor-parallel processes hold parts of loss, stats and margins (else each holds the whole)."""
     depends_on_order = False
     """Whether a verdict may change with the order of the responses, so that evaluation needs both."""
+
+    @classmethod
+    def build(cls, config: Config, label_ids: tuple[int, int] | None, tp_group: dist.ProcessGroup) -> Objective:
+        """The objective as `config` asks for it; `label_ids` are the tokens A and B of the data's template."""
+        raise NotImplementedError
+
+    @classmethod
+    def describe(cls, config: Config, device: torch.device) -> str:
+        """What the log says of the loss.
+
+        Raises:
+            ConfigError: GRAM_KERNELS names kernels that cannot run on `device`.
+        """
+        return f"{config.task.name}, last layer {last_layer(config)}"
 
     def __call__(self, hidden_states: Tensor, output_weight: Tensor | None, context: PackedBatch) -> ObjectiveOutput:
         raise NotImplementedError
@@ -104,6 +119,11 @@ class PreferenceObjective(Objective):
             "margin": stats["margin_sum"] / decided,
             "prefers_a": stats["prefers_a"] / labels,
         }
+
+
+def last_layer(config: Config) -> str:
+    """For the log."""
+    return "pruned" if config.prunes_last_layer else "whole"
 
 
 def gather_rows(hidden_states: Tensor, rows: Tensor, tp_group: dist.ProcessGroup, sequence_parallel: bool) -> Tensor:

@@ -15,9 +15,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from gram_engine.config.schema import Config
 from gram_engine.data.loader import PackedBatch
+from gram_engine.kernels.dispatch import name_of
 from gram_engine.model.reward_model import unwrap
-from gram_engine.objectives.base import ObjectiveOutput, PreferenceObjective, gather_rows
+from gram_engine.objectives.base import ObjectiveOutput, PreferenceObjective, gather_rows, last_layer
 from gram_engine.objectives.direct_gradients import DirectGradients
 from gram_engine.objectives.response_lm import ResponseLM, output_gradients
 
@@ -50,6 +52,23 @@ class BradleyTerry(PreferenceObjective):
         self.sequence_parallel = sequence_parallel
         if sft_loss_weight:
             self.stat_names = (*PreferenceObjective.stat_names, "sft_sum")
+
+    @classmethod
+    def build(cls, config: Config, label_ids: tuple[int, int] | None, tp_group: dist.ProcessGroup) -> BradleyTerry:
+        model, training = config.model, config.training
+        shared = dict(tp_group=tp_group, sequence_parallel=config.parallel.sequence_parallel)
+        return cls(
+            pruned=config.prunes_last_layer,
+            sft_loss_weight=training.sft_loss_weight,
+            language=ResponseLM(vocab_size=model.vocab_size, chunk_size=training.logits_chunk_size, **shared),
+            **shared,
+        )
+
+    @classmethod
+    def describe(cls, config: Config, device: torch.device) -> str:
+        if config.has_vocabulary_head:
+            return f"fused, cross entropy by {name_of('cross_entropy_grad_', device)}"
+        return f"Bradley-Terry of a scalar head, last layer {last_layer(config)}"
 
     def start_pass(self, model: list) -> None:
         self.last = unwrap(model[-1])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gram_engine.config.schema import Config
 from gram_engine.data.loader import PackedBatch
 from gram_engine.kernels import pair_loss
-from gram_engine.objectives.base import ObjectiveOutput, PreferenceObjective, local_rows
+from gram_engine.kernels.dispatch import name_of
+from gram_engine.objectives.base import ObjectiveOutput, PreferenceObjective, last_layer, local_rows
+from gram_engine.objectives.full_vocabulary import FullVocabularyPreference
 from gram_engine.objectives.label_head import LabelHead
+from gram_engine.objectives.plain import PlainPairPreference
 
 
 class PairPreference(PreferenceObjective):
@@ -38,6 +43,24 @@ class PairPreference(PreferenceObjective):
         self.tp_group = tp_group
         self.parts_over_tp = sequence_parallel and not pruned
         self.head = LabelHead(label_ids, sum_over_tp=self.parts_over_tp)
+
+    @classmethod
+    def build(cls, config: Config, label_ids: tuple[int, int] | None, tp_group: dist.ProcessGroup) -> PreferenceObjective:
+        training = config.training
+        labels = dict(label_ids=label_ids, label_smoothing=training.label_smoothing, tp_group=tp_group)
+        labels["sequence_parallel"] = config.parallel.sequence_parallel
+        if training.label_softmax == "full-vocabulary":
+            vocabulary = dict(vocab_size=config.model.vocab_size, chunk_size=training.logits_chunk_size)
+            return FullVocabularyPreference(pruned=config.prunes_last_layer, **vocabulary, **labels)
+        if not training.fused_losses:
+            return PlainPairPreference(**labels)
+        return cls(norm_eps=config.model.norm_epsilon, pruned=config.prunes_last_layer, **labels)
+
+    @classmethod
+    def describe(cls, config: Config, device: torch.device) -> str:
+        if not config.label_rows_only:
+            return f"fused, cross entropy by {name_of('cross_entropy_grad_', device)}"
+        return f"fused, pair loss by {name_of('pair_loss_forward', device)}, last layer {last_layer(config)}"
 
     def start_pass(self, model: list) -> None:
         self.head.start_pass(model)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
+from gram_engine.config.schema import Config
 from gram_engine.data.loader import PackedBatch
 from gram_engine.kernels import linear_cross_entropy
+from gram_engine.kernels.dispatch import name_of
 from gram_engine.model.reward_model import unwrap
 from gram_engine.objectives.base import LanguageModelObjective, ObjectiveOutput
 from gram_engine.objectives.direct_gradients import DirectGradients, main_grad_of
+from gram_engine.objectives.plain import PlainResponseLM
 
 
 class ResponseLM(LanguageModelObjective):
@@ -23,6 +27,19 @@ class ResponseLM(LanguageModelObjective):
         self.chunk_size = chunk_size
         self.tp_group = tp_group
         self.sequence_parallel = sequence_parallel
+
+    @classmethod
+    def build(cls, config: Config, label_ids: tuple[int, int] | None, tp_group: dist.ProcessGroup) -> LanguageModelObjective:
+        return (cls if config.training.fused_losses else PlainResponseLM)(
+            vocab_size=config.model.vocab_size,
+            chunk_size=config.training.logits_chunk_size,
+            tp_group=tp_group,
+            sequence_parallel=config.parallel.sequence_parallel,
+        )
+
+    @classmethod
+    def describe(cls, config: Config, device: torch.device) -> str:
+        return f"fused, cross entropy by {name_of('cross_entropy_grad_', device)}"
 
     def start_pass(self, model: list) -> None:
         self.direct = output_gradients(model)

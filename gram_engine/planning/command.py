@@ -12,6 +12,7 @@ import tyro
 
 from gram_engine.config.parse import fail
 from gram_engine.config.schema import Config, ModelConfig
+from gram_engine.config.task import ObjectiveName
 from gram_engine.config.validate import check_lora
 from gram_engine.errors import ConfigError, GramError
 from gram_engine.files import write_atomically
@@ -30,7 +31,7 @@ class PlanArguments:
     shape: ModelConfig = field(default_factory=ModelConfig)
     gpu_memory_gb: float = 80.0
     """Memory of one GPU as its vendor states it (80: H100, 141: H200), counted in GiB."""
-    objective: Literal["response-lm", "pair-preference", "bradley-terry"] = "pair-preference"
+    objective: ObjectiveName = "pair-preference"
     """Stage 1 (response-lm), stage 2 (pair-preference), or the discriminative baseline (bradley-terry)."""
     seq_length: int = 2048
     """Most tokens in one sample, or in each of bradley-terry's two texts."""
@@ -84,7 +85,7 @@ def make_plans(arguments: PlanArguments) -> list[Plan]:
         if not 0 <= value <= 1:
             raise ConfigError(f"--{name} {value} must be in [0, 1].")
     config = configuration(arguments)
-    most = config.texts_per_sample * arguments.seq_length
+    most = config.task.sequences_per_sample * arguments.seq_length
     sample_tokens = arguments.sample_tokens or float(most)
     if sample_tokens > most:
         raise ConfigError(f"--sample-tokens {sample_tokens:g} is more than the {most} that --seq-length allows.")

@@ -47,7 +47,7 @@ def last_layer_flops(config: Config, tokens: float, rows: float, squared_lengths
 def head_flops(config: Config, rows: float) -> float:
     """Forward FLOPs of the output layer."""
     training = config.training
-    two_token = training.objective == "pair-preference" and training.label_softmax == "two-token"
+    two_token = config.task.head == "labels" and training.label_softmax == "two-token"
     width = 2 if two_token else config.model.vocab_size if config.has_vocabulary_head else 1
     return 2.0 * config.model.hidden_size * width * rows
 

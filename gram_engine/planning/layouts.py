@@ -156,8 +156,8 @@ def evaluate(config: Config, layout: Layout, cluster: Cluster, data: Data) -> Pl
     microbatches = math.ceil(own_samples / in_pack)
     if layout.vpp > 1:
         microbatches = -(-microbatches // layout.pp) * layout.pp
-    stage_1 = config.training.objective == "response-lm"
-    texts = made.texts_per_sample
+    stage_1 = not config.task.needs_labels
+    texts = made.task.sequences_per_sample
     sample_rows = data.response_fraction * data.sample_tokens if stage_1 else texts
     work = Work(samples * data.sample_tokens, samples * sample_rows, samples * data.sample_tokens**2 / texts)
     # The fullest pack counts for memory, the mean one for time.

@@ -235,8 +235,8 @@ class _Moments:
         kept += self.element * config.model.kv_channels * self.pack.tokens  # cosines and sines
         if not is_last:
             kept += self.row  # what is sent to the next stage stays until its gradient comes
-        elif config.training.objective == "response-lm" or not config.label_rows_only:
-            rows = self.pack.tokens if config.training.objective == "response-lm" else self.pack.rows
+        elif not config.label_rows_only:
+            rows = self.pack.rows if config.task.needs_labels else self.pack.tokens
             kept += rows * norm_bytes(config, engine)
             kept += 2 * self.pack.rows * self.element * config.model.hidden_size  # rows that predict, and their gradient
         if engine.local_layers and self.element == 2 and not (self.stage == 0 and chunk == 0) and not self.recompute:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -25,11 +25,17 @@ from gram_engine.platform.device import Platform
 
 @dataclass
 class PreparedData:
-    """Prefixes of the preprocessed data, and the number of tokens in the tokenizer's vocabulary."""
+    """Preprocessed data by prefix, and the size of the tokenizer's vocabulary; rank 0 keeps what it has opened already."""
 
     train_prefix: str
     valid_prefix: str | None
     tokenizer_size: int
+    opened: dict[str, PairDataset] = field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
+
+    def dataset(self, prefix: str) -> PairDataset:
+        """The data set at `prefix`, opened once."""
+        return self.opened[prefix] if prefix in self.opened else PairDataset(prefix)
 
 
 def start_processes(config: Config, platform: Platform) -> None:
@@ -69,50 +75,67 @@ def prepare_data(config: Config) -> PreparedData:
     Raises:
         GramError: the data cannot be used (bad rows, a tokenizer that splits a label ...); every process raises it.
     """
-    return run_on_rank0(lambda: _prepare_on_main(config), "the data cannot be prepared", error=DataError)
+    kept: PreparedData | None = None
+
+    def prepare() -> PreparedData:
+        nonlocal kept
+        kept = _prepare_on_main(config)
+        return replace(kept, opened={}, tokenizer=None)
+
+    sent = run_on_rank0(prepare, "the data cannot be prepared", error=DataError)
+    return kept or sent
 
 
 def _prepare_on_main(config: Config) -> PreparedData:
-    data, objective = config.data, config.training.objective
+    data = config.data
     tokenizer = Tokenizer.load(data.tokenizer_type, data.tokenizer_model)
-    train = data.data_path or ensure_preprocessed(data.data, config, objective, data.pair_order == "both")
-    valid = data.valid_data_path
-    if data.valid_data:
-        valid = ensure_preprocessed(data.valid_data, config, objective, not config.has_scalar_head)
-    # What ensure_preprocessed found or made is whole; data that somebody else made is read once, here, to know that.
-    not_ours = (data.data_path, data.valid_data_path)
-    opened = {prefix: PairDataset(prefix, whole=prefix in not_ours) for prefix in (train, valid) if prefix}
-    given = JudgeTemplate.load(data.template).sha256 if data.template else None
-    for prefix, dataset in opened.items():
-        _check_manifest(prefix, dataset, config, tokenizer, given or opened[train].manifest["template"]["sha256"])
-    return PreparedData(str(train), str(valid) if valid else None, tokenizer.vocab_size)
+
+    def opened(prefix: str | None, files: tuple, both_orders: bool) -> PairDataset | None:
+        if prefix:
+            return PairDataset(prefix, whole=True)  # made by somebody else: its tokens are read once, here
+        return ensure_preprocessed(files, config, both_orders, tokenizer) if files else None
+
+    train = opened(data.data_path, data.data, data.pair_order == "both")
+    valid = opened(data.valid_data_path, data.valid_data, config.task.order_matters)
+    given = JudgeTemplate.load(data.template).sha256 if data.template else train.manifest.template["sha256"]
+    datasets = {dataset.prefix: dataset for dataset in (train, valid) if dataset is not None}
+    for prefix, dataset in datasets.items():
+        check_data(prefix, dataset, config, tokenizer, given)
+    return PreparedData(train.prefix, valid.prefix if valid else None, tokenizer.vocab_size, datasets, tokenizer)
 
 
-def _check_manifest(prefix: str, dataset: PairDataset, config: Config, tokenizer: Tokenizer, template: str) -> None:
-    """Refuse data whose tokens this run would not have made: `template` is the hash of the run's."""
+def check_data(prefix: str, dataset: PairDataset, config: Config, tokenizer: Tokenizer, template: str) -> None:
+    """Refuse data whose samples this run would not have made.
+
+    Args:
+        template: sha256 of the run's judge template.
+
+    Raises:
+        ConfigError: names what differs.
+    """
     manifest, again = dataset.manifest, f"Preprocess again: gram preprocess --output-prefix {prefix} ..."
-    objective, seq_length = config.training.objective, config.data.seq_length
-    if manifest["objective"] != objective:
-        raise ConfigError(f"{prefix}: made for --objective {manifest['objective']}, this run's is {objective}. {again}")
-    if manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+    task, seq_length = config.task, config.data.seq_length
+    if manifest.task.text != task.text:
+        raise ConfigError(f"{prefix}: made for --objective {manifest.objective}, this run's is {task.name}. {again}")
+    if manifest.tokenizer["fingerprint"] != tokenizer.fingerprint:
         raise ConfigError(f"{prefix}: made with another tokenizer than {config.data.tokenizer_model}. {again}")
-    if manifest["template"]["sha256"] != template:
+    if manifest.template["sha256"] != template:
         wanted = f"--template {config.data.template}" if config.data.template else "the training data's template"
-        raise ConfigError(f"{prefix}: made with the template {manifest['template']['name']}, not with {wanted}. {again}")
-    stored = JudgeTemplate.from_dict({k: v for k, v in manifest["template"].items() if k != "sha256"}, f"{prefix}.json")
-    labels = list(label_ids(tokenizer, stored)) if objective == "pair-preference" else None
-    if manifest["label_ids"] != labels:
-        raise ConfigError(f"{prefix}: made for the label tokens {manifest['label_ids']}, this run's are {labels}. {again}")
+        raise ConfigError(f"{prefix}: made with the template {manifest.template['name']}, not with {wanted}. {again}")
+    labels = list(label_ids(tokenizer, manifest.judge_template(f"{prefix}.json"))) if task.has_label_tokens else None
+    if manifest.label_ids != labels:
+        raise ConfigError(f"{prefix}: made for the label tokens {manifest.label_ids}, this run's are {labels}. {again}")
     longest = int(dataset.parts.max(initial=0))
     if longest > seq_length:
         raise ConfigError(
             f"{prefix}: its longest sample has {longest} tokens, more than --seq-length {seq_length}. "
             f"Raise --seq-length to {longest}, or preprocess again."
         )
-    if seq_length > manifest["seq_length"] and manifest["counts"]["truncated"]:
+    truncated = manifest.counts["truncated"]
+    if seq_length > manifest.seq_length and truncated:
         raise ConfigError(
-            f"{prefix}: {manifest['counts']['truncated']} samples were shortened to --seq-length {manifest['seq_length']}, "
-            f"this run has {seq_length}. Use --seq-length {manifest['seq_length']}, or preprocess again."
+            f"{prefix}: {truncated} samples were shortened to --seq-length {manifest.seq_length}, "
+            f"this run has {seq_length}. Use --seq-length {manifest.seq_length}, or preprocess again."
         )
     if len(dataset) == 0:
         raise ConfigError(f"{prefix}: holds no samples. {again}")

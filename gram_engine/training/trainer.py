@@ -56,11 +56,11 @@ class Trainer:
 
     def __init__(self, config: Config, platform: Platform, prepared: PreparedData):
         self.config, self.platform = config, platform
-        self.dataset = PairDataset(prepared.train_prefix)
-        self.valid_dataset = PairDataset(prepared.valid_prefix) if prepared.valid_prefix else None
+        self.dataset = prepared.dataset(prepared.train_prefix)
+        self.valid_dataset = prepared.dataset(prepared.valid_prefix) if prepared.valid_prefix else None
         self.loader = self._loader(self.dataset)
         self.valid_loader = self._loader(self.valid_dataset) if self.valid_dataset else None
-        label_ids = self.dataset.manifest.get("label_ids")
+        label_ids = self.dataset.manifest.label_ids
         self.objective = build_objective(config, label_ids, parallel_state.get_tensor_model_parallel_group())
         self.train_samples = self._train_samples()
         self.total_steps = math.ceil(self.train_samples / config.training.global_batch_size)
@@ -72,7 +72,7 @@ class Trainer:
         connect_schedule(self.model, self.optimizer, self.objective, config)
         self.numerics = NumericsGuard(config.training)
         self.watchdog = Watchdog(60 * config.parallel.distributed_timeout_minutes, dist.get_rank())
-        self.saver = CheckpointSaver(config, self.dataset.manifest)
+        self.saver = CheckpointSaver(config, self.dataset.manifest, prepared.tokenizer)
         self.state = self._resume()
         self.reporter = Reporter(config, platform, self.state.iteration, self.total_steps)
 
@@ -181,7 +181,6 @@ class Trainer:
         virtual = config.virtual_pipeline_size is not None
         return PackedLoader(
             dataset,
-            objective=config.training.objective,
             global_batch_size=config.training.global_batch_size,
             pack_tokens=config.pack_tokens,
             pad_multiple=config.pack_multiple,

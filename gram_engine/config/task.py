@@ -1,0 +1,57 @@
+"""What each objective needs of the data, the model and the cost model. The losses are classes in gram_engine/objectives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Task:
+    """One objective, as everything but its loss sees it."""
+
+    name: str
+    """Value of --objective, also stored with preprocessed data and checkpoints."""
+    loss: str
+    """Class of the loss as "module:class"; objectives.build_objective imports it and calls its `build`."""
+    text: Literal["generate", "judge", "conversations"]
+    """How a pair becomes a sample (data/samples.py).
+
+    generate: the user's message and both responses as its answer; loss at every response token.
+    judge: the judge prompt; loss at its last token, the label row.
+    conversations: two sequences, the prompt with each response; loss at the last token of each.
+    """
+    head: Literal["vocabulary", "labels", "scalar"]
+    """Output layer: the whole vocabulary, the two label tokens' rows alone (where the loss allows it), or one number."""
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether a pair must say which response is better."""
+        return self.text != "generate"
+
+    @property
+    def has_label_tokens(self) -> bool:
+        """Whether the template's labels A and B are tokens that the loss reads."""
+        return self.text == "judge"
+
+    @property
+    def order_matters(self) -> bool:
+        """Whether the sample differs with the order in which the two responses are shown."""
+        return self.text != "conversations"
+
+    @property
+    def sequences_per_sample(self) -> int:
+        """Sequences of one sample that do not attend to each other, each of at most --seq-length tokens."""
+        return 2 if self.text == "conversations" else 1
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("response-lm", "gram_engine.objectives.response_lm:ResponseLM", "generate", "vocabulary"),
+        Task("pair-preference", "gram_engine.objectives.pair_preference:PairPreference", "judge", "labels"),
+        Task("bradley-terry", "gram_engine.objectives.bradley_terry:BradleyTerry", "conversations", "scalar"),
+    )
+}
+
+ObjectiveName = Literal[tuple(TASKS)]  # the choices of --objective

@@ -1,0 +1,34 @@
+"""A new objective is one file and one Task (tests/support/toy_objective.py): it trains at every layout without further code."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support import toy_objective
+from tests.support.tiny import tiny_config, tiny_trainer, train_steps
+
+LAYOUTS = {
+    "tp2": (2, "--tensor-model-parallel-size 2"),
+    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+}
+
+
+def curve(prefix, tokenizer_model, flags):
+    from gram_engine.config.task import TASKS
+
+    TASKS["hinge"] = toy_objective.TASK
+    config = tiny_config(prefix, tokenizer_model, flags)
+    config.training.objective = "hinge"
+    return train_steps(tiny_trainer(config), 3)
+
+
+def test_toy_objective_trains_at_every_layout(pool, tiny_data):
+    assert len(Path(toy_objective.__file__).read_text().splitlines()) < 60
+    data = tiny_data["stage2"], tiny_data["tokenizer"]
+    (expected,) = pool.run(curve, 1, *data, "")
+    assert expected[-1][0] < expected[0][0]
+    for processes, flags in LAYOUTS.values():
+        for found in pool.run(curve, processes, *data, flags):
+            for pair, expected_pair in zip(found, expected, strict=True):
+                assert pair == pytest.approx(expected_pair, rel=1e-5, abs=1e-6)
