@@ -17,6 +17,13 @@ TEMPLATE = str(Path(__file__).parents[1] / "examples" / "configs" / "quickstart-
 WORDS = "red blue green stone river cloud apple seven quiet bright table window garden music paper silver".split()
 
 
+def pytest_collection_modifyitems(items):
+    """With pytest-xdist: tests of several processes run one after the other, on one pool of workers, beside all others."""
+    for item in items:
+        distributed = {"pool", "tries"} & set(item.fixturenames)
+        item.add_marker(pytest.mark.xdist_group("processes" if distributed else "single"))
+
+
 @pytest.fixture(scope="session")
 def pool():
     """Four worker processes for tests of several ranks."""

@@ -21,6 +21,7 @@ from gram_engine.benchmarks.command import main as benchmark_main
 from gram_engine.benchmarks.measure import PeakMemory, in_new_processes, measure
 from gram_engine.benchmarks.results import MEMORY_FLOOR, Row, add_ratios, table
 from gram_engine.errors import GramError
+from tests.support.cases import short_first
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -127,7 +128,7 @@ PEERS = peers.Peers(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", ["1", "2"])
+@pytest.mark.parametrize("stage", short_first(["2"], ["1", "2"]))
 def test_peers_do_the_same_work(stage, capsys):
     """The first step's loss of every contestant, from the same weights on the same samples."""
     rows = peers.stage_rows(PEERS, stage)
@@ -141,6 +142,7 @@ def test_peers_do_the_same_work(stage, capsys):
     assert "first loss" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_throughput_of_two_processes(tmp_path):
     output = tmp_path / "rows.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -154,6 +156,7 @@ def test_throughput_of_two_processes(tmp_path):
     assert row["figures"]["tflops_per_device"] > 0 and "tokens/s" in done.stdout
 
 
+@pytest.mark.long
 def test_saving_in_the_background_is_measured(tmp_path):
     output, flags = tmp_path / "rows.json", "--interval 1 --rounds 1 --model tiny --vocab-size 600 --seq-length 512"
     command = [*GRAM_BENCHMARK, "saving", *flags.split(), "--global-batch-size", "2", "--json", str(output)]
@@ -164,7 +167,7 @@ def test_saving_in_the_background_is_measured(tmp_path):
     assert rows[1]["figures"]["checkpoint_bytes"] > 12 * 600 * rows[1]["shape"]["hidden"]
 
 
-@pytest.mark.parametrize("stage", [planned_memory.STAGE_1, planned_memory.STAGE_2])
+@pytest.mark.parametrize("stage", short_first([planned_memory.STAGE_2], [planned_memory.STAGE_1, planned_memory.STAGE_2]))
 def test_planned_memory_is_compared_with_two_processes(stage):
     """Two tensor-parallel processes; the layouts of the benchmark itself are larger, and predicted within 3 %."""
     flags = "--tensor-model-parallel-size 2 --sequence-parallel --num-layers 2 --hidden-size 128 --ffn-hidden-size 256"

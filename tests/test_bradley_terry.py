@@ -1,5 +1,6 @@
 """Bradley-Terry on the engine: against transformers' ...ForSequenceClassification, at every layout, with its regularisation."""
 
+import functools
 import json
 
 import pytest
@@ -9,11 +10,11 @@ import torch.nn.functional as F
 from gram_engine.config.schema import DataConfig
 from gram_engine.data.preprocess import preprocess
 from tests.conftest import TEMPLATE, write_pairs
+from tests.support.cases import short_first
+from tests.support.layouts import LAYOUTS, TIED, UNTIED
 from tests.support.tiny import float64_gradients, tiny_config, tiny_trainer, train_steps
-from tests.test_parallel_parity import LAYOUTS
 
 SMALL = "--num-layers 2 --objective bradley-terry --lr 1e-3"
-TIED, UNTIED = (f"--untie-embeddings-and-output-weights {value}" for value in (False, True))
 
 
 @pytest.fixture(scope="module")
@@ -113,15 +114,22 @@ def curve(prefix, tokenizer_model, flags):
     return train_steps(tiny_trainer(tiny_config(prefix, tokenizer_model, flags)), 4)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_layouts_equal_one_process(variant, pool, pairs):
+RUNS = [(variant, layout) for variant in VARIANTS for layout in ("tp2", "tp2-sp", "pp2", "dp2", "dp2-overlap")]
+PAIRWISE = [run for number, run in enumerate(RUNS) if number % 3 == 1]
+"""Every variant at one layout or more, every layout with two variants or more."""
+
+
+@pytest.fixture(scope="module")
+def references(pool, pairs):
+    return functools.cache(lambda variant: pool.run(curve, 1, *pairs[1], VARIANTS[variant])[0])
+
+
+@pytest.mark.parametrize("variant, layout", short_first(PAIRWISE, RUNS))
+def test_layouts_equal_one_process(variant, layout, pool, pairs, references):
     """With one pair a step the second data-parallel process has an empty pack."""
-    _, data = pairs
-    (expected,) = pool.run(curve, 1, *data, VARIANTS[variant])
-    for layout in ("tp2", "tp2-sp", "pp2", "dp2", "dp2-overlap"):
-        processes, flags = LAYOUTS[layout]
-        for found in pool.run(curve, processes, *data, f"{VARIANTS[variant]} {flags}"):
-            assert found == [pytest.approx(step, rel=1e-5) for step in expected], layout
+    processes, flags = LAYOUTS[layout]
+    for found in pool.run(curve, processes, *pairs[1], f"{VARIANTS[variant]} {flags}"):
+        assert found == [pytest.approx(step, rel=1e-5) for step in references(variant)]
 
 
 class ByDefinition:

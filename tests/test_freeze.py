@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from tests.support.cases import short_first
+from tests.support.layouts import LAYOUTS, TIED, UNTIED
+from tests.support.resume import resumed, uninterrupted
 from tests.support.tiny import tiny_config, tiny_trainer, train_steps
-from tests.test_parallel_parity import LAYOUTS
-from tests.test_resume import resumed, uninterrupted
 
-TIED, UNTIED = (f"--untie-embeddings-and-output-weights {value}" for value in (False, True))
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 VANILLA = "--label-softmax full-vocabulary --label-smoothing 0"
 RUNS = {
@@ -48,7 +48,10 @@ def trained(prefix, tokenizer_model, flags):
     return state, in_buffers, in_groups, sum(p.numel() for p in parameters.values() if p.requires_grad)
 
 
-@pytest.mark.parametrize("run", RUNS)
+SHORT = [run for run in RUNS if run not in ("backbone-pp2", "stage2-tied", "stage2-vanilla-tied-tp2")]
+
+
+@pytest.mark.parametrize("run", short_first(SHORT, RUNS))
 def test_frozen_weights_stay_and_cost_nothing(run, pool, data):
     stage, layout, flags = RUNS[run]
     processes, parallel = LAYOUTS[layout]
@@ -78,7 +81,10 @@ def stored(folder) -> set[str]:
     return {key.partition("exp_avg.")[2] for key in keys if "exp_avg." in key}
 
 
-@pytest.mark.parametrize("run", ["backbone-pp2", "backbone-dp2-overlap", "stage2-tied-pp2", "stage2-untied-dp2-overlap-bf16"])
+RESUMED = ["stage2-tied-pp2", "backbone-dp2-overlap", "backbone-pp2", "stage2-untied-dp2-overlap-bf16"]
+
+
+@pytest.mark.parametrize("run", short_first(RESUMED[:2], RESUMED))
 def test_a_frozen_run_resumes(run, pool, data, tmp_path):
     from gram_engine.errors import CheckpointError
     from tests.support.pool import WorkerError

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.support.cases import short_first
+from tests.support.gradients import assert_same_gradients
+from tests.support.layouts import LAYOUTS
 from tests.support.tiny import float64_gradients
-from tests.test_label_rows import LAYOUTS, compare
 
 SMALL = (
     "--num-layers 2 --global-batch-size 6 --objective pair-preference --label-smoothing 0.2 "
@@ -54,15 +56,24 @@ def gradients(pool, data, layout, flags, change):
 
 @pytest.mark.parametrize("flags", ["--prune-last-layer", "--no-prune-last-layer", "--label-smoothing 0"])
 def test_equals_the_definition(flags, pool, tiny_data):
-    (wanted,) = gradients(pool, tiny_data, "tp1", f"{flags} --no-prune-last-layer", by_definition)
-    (found,) = gradients(pool, tiny_data, "tp1", flags, make_ties)
-    compare(found, wanted)
+    (wanted,) = gradients(pool, tiny_data, "one", f"{flags} --no-prune-last-layer", by_definition)
+    (found,) = gradients(pool, tiny_data, "one", flags, make_ties)
+    assert_same_gradients(found, wanted)
 
 
-@pytest.mark.parametrize("flags", ["--prune-last-layer", "--no-prune-last-layer"])
-@pytest.mark.parametrize("layout", ["tp2", "tp2-sp", "pp2", "tp2-sp-pp2", "dp2-overlap"])
-def test_any_layout_gives_one_process_loss(layout, flags, pool, tiny_data):
-    (wanted,) = gradients(pool, tiny_data, "tp1", flags, make_ties)
+PRUNED, WHOLE = "--prune-last-layer", "--no-prune-last-layer"
+NAMES = ("tp2", "tp2-sp", "pp2", "tp2-sp-pp2", "dp2-overlap-grad-reduce")
+RUNS = [(layout, flags) for layout in NAMES for flags in (PRUNED, WHOLE)]
+
+
+@pytest.fixture(scope="module")
+def one_process(pool, tiny_data):
+    return {flags: gradients(pool, tiny_data, "one", flags, make_ties)[0] for flags in (PRUNED, WHOLE)}
+
+
+@pytest.mark.parametrize("layout, flags", short_first([RUNS[2], RUNS[5], RUNS[8]], RUNS))
+def test_any_layout_gives_one_process_loss(layout, flags, pool, tiny_data, one_process):
+    wanted = one_process[flags]
     for found in gradients(pool, tiny_data, layout, flags, make_ties):
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
         for name in ("0.decoder.final_layernorm.weight", "1.decoder.final_layernorm.weight"):

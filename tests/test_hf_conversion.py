@@ -6,28 +6,11 @@ import pytest
 import torch
 
 from gram_engine.errors import CheckpointError, ConfigError
+from tests.support.cases import short_first
 from tests.support.hf_models import KINDS, write_hf_model
-from tests.support.tiny import packed, tiny_trainer
-
-
-def packed_logits(prefix, tokenizer, folder, lengths, tokens):
-    """Logits [tokens, vocabulary] of two packed sequences by the engine's model, loaded from a Hugging Face folder."""
-    trainer = tiny_trainer(hf_run(prefix, tokenizer, folder, "--no-fused-losses"))
-    positions, sequences = packed(lengths)
-    with torch.no_grad():
-        logits = trainer.model[0].module(tokens[None], positions, None, packed_seq_params=sequences)
-    return logits[0, :, : trainer.config.model.vocab_size]
-
-
-def hf_run(prefix, tokenizer, folder, flags=""):
-    """The tiny run's configuration with the shape and the weights of a Hugging Face folder."""
-    from gram_engine.config.parse import parse
-    from gram_engine.model.shapes import resolve_shape
-
-    run = f"--seq-length 192 --global-batch-size 8 --train-iters 4 --load-hf {folder} {flags}"
-    config = parse([*run.split(), "--data-path", prefix, "--tokenizer-model", tokenizer])
-    resolve_shape(config)
-    return config
+from tests.support.layouts import LAYOUTS
+from tests.support.packed_logits import hf_run, packed_logits
+from tests.support.tiny import tiny_trainer
 
 
 def save_untrained(prefix, tokenizer, folder, flags, checkpoint):
@@ -50,28 +33,17 @@ def test_logits_equal_transformers(kind, tied, pool, tiny_data, tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-LAYOUTS = {
-    "one": (1, ""),
-    "tp2": (2, "--tensor-model-parallel-size 2"),
-    "pp2": (2, "--pipeline-model-parallel-size 2"),
-    "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
-    "vpp": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
-    "pp3": (3, "--pipeline-model-parallel-size 3"),
-}
+SHAPES = [("llama3-8", False), ("llama3-32", True), ("qwen3", False)]
+ROUND_TRIPS = [
+    *((layout, kind, tied, torch.float32) for layout in ("one", "tp2", "pp2", "tp2-pp2") for kind, tied in SHAPES),
+    ("tp2", "qwen3", True, torch.bfloat16),
+    ("pp2-vpp3", "llama3-8", False, torch.float32),
+    ("pp3", "llama3-8", True, torch.float32),
+]
+SHORT = [ROUND_TRIPS[number] for number in (1, 3, 8, 10, 12, 13)]
 
 
-@pytest.mark.parametrize(
-    "layout, kind, tied, dtype",
-    [
-        *((layout, kind, tied, torch.float32) for layout in ("one", "tp2", "pp2", "tp2-pp2") for kind, tied in (
-            ("llama3-8", False), ("llama3-32", True), ("qwen3", False)
-        )),
-        ("tp2", "qwen3", True, torch.bfloat16),
-        ("vpp", "llama3-8", False, torch.float32),
-        ("pp3", "llama3-8", True, torch.float32),
-    ],
-    ids=lambda value: str(value).removeprefix("torch."),
-)  # fmt: skip
+@pytest.mark.parametrize("layout, kind, tied, dtype", short_first(SHORT, ROUND_TRIPS))
 def test_round_trip_is_exact(layout, kind, tied, dtype, pool, tiny_data, tmp_path):
     from safetensors.torch import load_file
 

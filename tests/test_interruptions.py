@@ -11,6 +11,7 @@ import pytest
 
 from gram_engine.benchmarks.workload import demonstration_data
 from gram_engine.checkpoint.folder import TRACKER
+from tests.support.cases import short_first
 from tests.support.soak import SHAPE, SoakConfig, soak
 from tests.support.tiny import tiny_config, tiny_trainer
 
@@ -37,7 +38,7 @@ def stopped_run(prefix, tokenizer_model, folder, flags, signal_number, signal_st
     return trainer.state.iteration
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", short_first([signal.SIGUSR1], [signal.SIGUSR1, signal.SIGTERM]))
 def test_a_signal_to_one_process_stops_all_after_the_same_step_with_a_checkpoint(number, pool, tiny_data, tmp_path):
     reached = pool.run(
         stopped_run, 2, tiny_data["stage2"], tiny_data["tokenizer"], str(tmp_path), "--objective pair-preference", number, 3
@@ -46,6 +47,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_with_a_checkpoint
     assert (tmp_path / TRACKER).read_text().strip() == "3"
 
 
+@pytest.mark.long
 def test_the_time_limit_stops_all_with_a_checkpoint(pool, tiny_data, tmp_path):
     flags = "--objective pair-preference --train-iters 100000 --exit-duration-in-mins 0.02"
     reached = pool.run(stopped_run, 2, tiny_data["stage2"], tiny_data["tokenizer"], str(tmp_path), flags, 0, 0)
@@ -78,6 +80,7 @@ def test_sigterm_to_the_launcher_saves_and_exits_0(files, tmp_path):
     assert (tmp_path / "run" / TRACKER).read_text().strip() == left[1]
 
 
+@pytest.mark.long
 def test_a_run_with_two_killed_processes_ends_with_the_same_bits(tmp_path):
     runs, equal = soak(SoakConfig(steps=30, kills=2, save_interval=5, output_dir=str(tmp_path)))
     assert equal

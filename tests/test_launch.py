@@ -58,17 +58,20 @@ def test_torchrun_reads_the_script_as_python(files):
     assert config["training"]["objective"] == "response-lm"
 
 
+@pytest.mark.long
 def test_torchrun_no_python_reads_the_script_as_bash(files):
     config = run(TORCHRUN, "--standalone", "--no-python", "--nproc-per-node", "2", FINETUNE, *files, *TP2)
     assert config["training"]["objective"] == "pair-preference"
 
 
+@pytest.mark.long
 def test_bash_starts_torchrun_itself_with_its_flags_among_the_trainers(files):
     config = run("bash", FINETUNE, *files, "--nproc-per-node", "2", *TP2, "--lr", "3e-4")
     assert config["training"]["objective"] == "pair-preference"
     assert config["training"]["lr"] == 3e-4
 
 
+@pytest.mark.long
 def test_bash_takes_the_number_of_processes_from_the_environment(files):
     run("bash", PRETRAIN, *files, *TP2, NPROC_PER_NODE="2")
 

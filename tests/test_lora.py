@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from gram_engine.errors import CheckpointError
+from tests.support.cases import short_first
+from tests.support.gradients import relative_difference
 from tests.support.hf_models import write_hf_model
+from tests.support.layouts import LAYOUTS, TP2_SP
+from tests.support.packed_logits import packed_logits
 from tests.support.tiny import float64_gradients, packed, tiny_config, tiny_trainer, train_steps
-from tests.test_hf_conversion import packed_logits
-from tests.test_label_rows import relative_difference
 
 STEPS = 4
 LORA = "--lora-rank 4 --lora-alpha 6 --lr 1e-3"
@@ -19,19 +21,8 @@ STAGES = {
     "stage1": f"--objective response-lm {LORA} --untie-embeddings-and-output-weights True",
     "stage2": f"--objective pair-preference {LORA} --untie-embeddings-and-output-weights False",
 }
-SP = "--tensor-model-parallel-size 2 --sequence-parallel"
-OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-LAYOUTS = {
-    "tp2": (2, "--tensor-model-parallel-size 2"),
-    "tp2-sp": (2, SP),
-    "pp2-vpp3": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
-    "dp2-overlap": (2, OVERLAP),
-    "tp2-pp2-sp": (4, f"{SP} --pipeline-model-parallel-size 2"),
-    "cp2": (2, "--context-parallel-size 2"),
-    "recompute": (1, "--recompute-granularity full"),
-    "recompute-mlp": (1, "--recompute-granularity selective --recompute-modules core_attn mlp"),
-}
-RUNS = [("stage2", layout) for layout in LAYOUTS] + [("stage1", layout) for layout in ("tp2-sp", "pp2-vpp3", "dp2-overlap")]
+NAMES = ("tp2", "tp2-sp", "pp2-vpp3", "dp2-overlap", "tp2-sp-pp2", "cp2", "recompute", "recompute-mlp")
+RUNS = [("stage2", layout) for layout in NAMES] + [("stage1", layout) for layout in ("tp2-sp", "pp2-vpp3", "dp2-overlap")]
 
 
 def parameters(trainer, adapters: bool) -> dict:
@@ -74,7 +65,10 @@ def references(pool, tiny_data):
     return reference
 
 
-@pytest.mark.parametrize("stage, layout", RUNS)
+SHORT = [("stage2", "tp2-sp-pp2"), ("stage2", "dp2-overlap"), ("stage2", "recompute"), ("stage1", "pp2-vpp3")]
+
+
+@pytest.mark.parametrize("stage, layout", short_first(SHORT, RUNS))
 def test_layout_equals_one_process_and_the_base_stays(stage, layout, pool, tiny_data, references):
     processes, flags = LAYOUTS[layout]
     expected = references(stage)
@@ -91,7 +85,7 @@ def untrained_b(trainer, _batch):
 
 @pytest.mark.parametrize("layout", ["one", "tp2-sp"])
 def test_pruned_last_layer_gives_the_plain_models_gradients(layout, pool, tiny_data):
-    processes, parallel = LAYOUTS.get(layout, (1, ""))
+    processes, parallel = LAYOUTS[layout]
     data = (tiny_data["stage2"], tiny_data["tokenizer"])
     runs = [
         pool.run(float64_gradients, processes, *data, f"{STAGES['stage2']} --num-layers 2 {parallel} {losses}", untrained_b)
@@ -241,7 +235,7 @@ def test_checkpoints(pool, tiny_data, tmp_path):
     """Resuming is exact bit for bit, within 1e-5 at other layouts; a new run keeps the adapters or starts with new ones."""
     run, full = tmp_path / "run", tmp_path / "full"
     data, flags = (tiny_data["stage2"], tiny_data["tokenizer"]), f"{STAGES['stage2']} --use-distributed-optimizer"
-    layout = f"{flags} {SP} --pipeline-model-parallel-size 2"
+    layout = f"{flags} {TP2_SP} --pipeline-model-parallel-size 2"
     expected = pool.run(uninterrupted, 4, *data, layout, str(run))[0]
     assert pool.run(resumed, 4, *data, layout, str(run))[0] == expected, "same layout: bit for bit"
     np.testing.assert_allclose(pool.run(resumed, 1, *data, flags, str(run))[0], expected, rtol=1e-5)

@@ -5,13 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import toy_objective
+from tests.support.layouts import LAYOUTS
 from tests.support.tiny import tiny_config, tiny_trainer, train_steps
-
-LAYOUTS = {
-    "tp2": (2, "--tensor-model-parallel-size 2"),
-    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
-    "pp2": (2, "--pipeline-model-parallel-size 2"),
-}
 
 
 def curve(prefix, tokenizer_model, flags):
@@ -28,7 +23,7 @@ def test_toy_objective_trains_at_every_layout(pool, tiny_data):
     data = tiny_data["stage2"], tiny_data["tokenizer"]
     (expected,) = pool.run(curve, 1, *data, "")
     assert expected[-1][0] < expected[0][0]
-    for processes, flags in LAYOUTS.values():
+    for processes, flags in (LAYOUTS[name] for name in ("tp2", "tp2-sp", "pp2")):
         for found in pool.run(curve, processes, *data, flags):
             for pair, expected_pair in zip(found, expected, strict=True):
                 assert pair == pytest.approx(expected_pair, rel=1e-4)  # the loss has a kink, Adam amplifies rounding

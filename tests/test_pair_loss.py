@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from gram_engine.kernels import pair_loss
 from gram_engine.kernels.plain import two_token_loss
+from tests.support.cases import short_first
 from tests.support.kernels import DEVICE, IMPLEMENTATIONS, NORM_EPS, draw, head_by_definition, use
 
 
@@ -38,7 +39,7 @@ def relative_error(found, wanted):
 
 @pytest.mark.parametrize("norm_eps", [None, NORM_EPS])
 @pytest.mark.parametrize("eps", [0.0, 0.05, 0.49])
-@pytest.mark.parametrize("hidden", [64, 100, 3072])
+@pytest.mark.parametrize("hidden", short_first([100], [64, 100, 3072]))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_loss_and_all_gradients_equal_the_definition(implementation, dtype, hidden, eps, norm_eps):
     x, rows, norm_weight, row_a, row_b, preference = problem(7, hidden, tokens=20, dtype=dtype)
@@ -63,7 +64,7 @@ def test_loss_and_all_gradients_equal_the_definition(implementation, dtype, hidd
 
 
 @pytest.mark.parametrize("labels", [1, 2, 7, 32])
-@pytest.mark.parametrize("hidden", [100, 4096, 5120])
+@pytest.mark.parametrize("hidden", short_first([100], [100, 4096, 5120]))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_errs_no_more_than_torch_does(implementation, dtype, hidden, labels):
     x, _, norm_weight, row_a, row_b, preference = problem(labels, hidden, dtype=dtype)

@@ -2,32 +2,17 @@
 
 import pytest
 
-from tests.support.tiny import tiny_config, tiny_trainer, train_steps
+from tests.support.cases import short_first
+from tests.support.layouts import STAGES, TIED, UNTIED
+from tests.support.resume import resumed, uninterrupted
 
-SAVE_AT, STEPS = 4, 8
 DISTRIBUTED = "--use-distributed-optimizer"
+RUNS = [(stage, flags) for stage in STAGES for flags in ("", DISTRIBUTED)]
 
 
-def uninterrupted(prefix, tokenizer_model, flags, folder):
-    trainer = tiny_trainer(tiny_config(prefix, tokenizer_model, f"{flags} --save {folder}"))
-    train_steps(trainer, SAVE_AT)
-    trainer.save()
-    curve = train_steps(trainer, STEPS - SAVE_AT)
-    trainer.saver.finish()
-    return curve
-
-
-def resumed(prefix, tokenizer_model, flags, folder):
-    trainer = tiny_trainer(tiny_config(prefix, tokenizer_model, f"{flags} --load {folder}"))
-    assert trainer.state.iteration == SAVE_AT and trainer.state.consumed_samples == SAVE_AT * 8
-    return train_steps(trainer, STEPS - SAVE_AT)
-
-
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-@pytest.mark.parametrize("distributed", ["", DISTRIBUTED], ids=["plain", "distributed-optimizer"])
+@pytest.mark.parametrize("stage, distributed", short_first([RUNS[1], RUNS[2]], RUNS))
 def test_resume_at_other_layouts(stage, distributed, pool, tiny_data, tmp_path):
-    objective = {"stage1": "response-lm", "stage2": "pair-preference"}[stage]
-    common = f"--objective {objective} --untie-embeddings-and-output-weights {stage == 'stage1'} {distributed}"
+    common = f"{STAGES[stage]} --num-layers 2 {UNTIED if stage == 'stage1' else TIED} {distributed}"
     data = (tiny_data[stage], tiny_data["tokenizer"])
     saved_with = f"{common} --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
     expected = pool.run(uninterrupted, 4, *data, saved_with, str(tmp_path))[0]
@@ -56,10 +41,9 @@ def test_virtual_stages_resume_without_them(pool, tiny_data, tmp_path):
     assert [loss for loss, _ in other] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_uneven_stages_with_fused_losses_resume_in_one_process_with_plain_ones(tied, pool, tiny_data, tmp_path):
+@pytest.mark.parametrize("tying", short_first([TIED], [TIED, UNTIED]))
+def test_uneven_stages_with_fused_losses_resume_in_one_process_with_plain_ones(tying, pool, tiny_data, tmp_path):
     """Tied: the last stage saved no copy of the output rows, and the plain run has one."""
-    tying = f"--untie-embeddings-and-output-weights {not tied}"
     flags = f"{tying} --pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 2"
     data = (tiny_data["stage2"], tiny_data["tokenizer"])
     expected = pool.run(uninterrupted, 2, *data, flags, str(tmp_path))[0]

@@ -281,6 +281,7 @@ def read_until(process, pattern):
     raise AssertionError(f"no line fits {pattern}: {''.join(lines)}")
 
 
+@pytest.mark.long
 def test_two_runs_on_a_folder_and_a_kill(tiny_data, tmp_path):
     with started(tiny_data, tmp_path, "--save-interval", "5") as first:
         read_until(first, "^step 1/")

@@ -26,7 +26,7 @@ from tests.support.hand_made import in_child, in_world, load, save, start_world
 
 def kill_while_saving(lab: Lab) -> Iterator[str]:
     """Saves a new step, with pruning and with leftovers of an earlier kill; then step 2 again, with another state."""
-    for step, seed, every in ((3, 0, 1), (2, 1, 1 if LONG else 4)):
+    for step, seed, every in ((3, 0, 1 if LONG else 4), (2, 1, 1 if LONG else 16)):
 
         def task(folder: Path, step=step, seed=seed) -> None:
             (folder / "iter_0000003.1.tmp").mkdir()
@@ -61,7 +61,7 @@ def kill_at_random(lab: Lab) -> Iterator[str]:
             said.send(step)
 
     cases = []
-    for case in range(200 if LONG else 10):
+    for case in range(200 if LONG else 4):
         folder, draw = lab.copy(), random.Random(case)
         heard, said = context.Pipe(duplex=False)
         process = context.Process(target=run, args=(folder, said, case % 2 == 1))
@@ -106,7 +106,7 @@ def _in_the_writer(lab: Lab, spring: Callable[[str], None], message: str) -> Ite
             return lab.check(folder, {lab.meant[2, 0]: "CheckpointError, the step before"})
         return None
 
-    for at in itertools.count(1, 1 if LONG else 3):
+    for at in itertools.count(1, 1 if LONG else 9):
         _, outcome = in_child(attempt, at)
         if outcome is None:  # after the writer's last call
             return
@@ -147,7 +147,7 @@ def kill_one_of_two(lab: Lab) -> Iterator[str]:
             save(lab.flags(folder), 3)
 
     cases = []
-    for at in range(1, 40, 1 if LONG else 10):
+    for at in range(1, 40, 1 if LONG else 20):
         for victim in (0, 1):
             folder = lab.copy()
             in_world(2, folder.parent / "store", run, folder, victim, at)
@@ -178,7 +178,7 @@ def failing_calls(lab: Lab) -> Iterator[str]:
         return outcomes
 
     calls = calls_of(lab, task)
-    every = 1 if LONG else 3
+    every = 1 if LONG else 9
     cases = [(at, disk_full) for at in range(1, calls + 1, every)] + [(at, io_error) for at in range(2, calls + 1, every)]
     yield from in_child(attempt, cases)[1]
 
@@ -200,7 +200,7 @@ def file_size_limit(lab: Lab) -> Iterator[str]:
         return "saved"
 
     cases = []
-    for limit in (0, 1, 500, 1_000, 2_000, 10_000, 20_000, 22_000, 24_000, 26_000, 28_000)[:: 1 if LONG else 2]:
+    for limit in (0, 1, 500, 1_000, 2_000, 10_000, 20_000, 22_000, 24_000, 26_000, 28_000)[:: 1 if LONG else 3]:
         for kills in (False, True):
             for async_save in (False, True):
                 folder = lab.copy()
@@ -214,7 +214,7 @@ def damaged_files(lab: Lab) -> Iterator[str]:
     """Every file of the newest checkpoint, damaged in every way."""
     newest = lab.base / "iter_0000002"
     names = [str(path.relative_to(newest)) for path in sorted(newest.rglob("*")) if path.is_file()]
-    cases = [(name, how, seed) for name in names for how in DAMAGE for seed in range(10 if LONG else 1)]
+    cases = [(name, how, seed) for name in names for how in DAMAGE for seed in range(10 if LONG else 1)][:: 1 if LONG else 2]
 
     def attempt() -> list[str]:
         return [_damage_and_load(lab, *case) for case in cases]
@@ -288,15 +288,15 @@ FOLDER_DAMAGE: dict[str, tuple[Callable[[Path], object], int]] = {
 }
 
 FAULTS = (
-    Fault("killed while it saves", "SIGKILL at every call that opens, writes, syncs, renames, removes", 100, kill_while_saving),
-    Fault("killed at any time", "SIGKILL of all processes after a random time", 8, kill_at_random),
-    Fault("`--async-save`: writer killed", "SIGKILL at every third call of the writer", 10, kill_the_writer),
-    Fault("`--async-save`: disk full", "ENOSPC from every third call of the writer on", 10, full_disk_in_the_writer),
+    Fault("killed while it saves", "SIGKILL at every call that opens, writes, syncs, renames, removes", 25, kill_while_saving),
+    Fault("killed at any time", "SIGKILL of all processes after a random time", 3, kill_at_random),
+    Fault("`--async-save`: writer killed", "SIGKILL at every third call of the writer", 3, kill_the_writer),
+    Fault("`--async-save`: disk full", "ENOSPC from every third call of the writer on", 3, full_disk_in_the_writer),
     Fault("`--async-save`: training killed", "SIGKILL while the writer works", 4, kill_the_trainer_while_the_writer_works),
-    Fault("two processes, one killed", "SIGKILL at every tenth call of the main process, or of the other", 8, kill_one_of_two),
-    Fault("disk full, device error", "ENOSPC from a call on, EIO at a call; every third call", 40, failing_calls),
-    Fault("write refused", "the kernel's limit on file sizes: EFBIG, or death by SIGXFSZ", 20, file_size_limit),
-    Fault("damaged file", "each file missing, empty, cut off, one bit flipped, zeros", 50, damaged_files),
+    Fault("two processes, one killed", "SIGKILL at every tenth call of the main process, or of the other", 4, kill_one_of_two),
+    Fault("disk full, device error", "ENOSPC from a call on, EIO at a call; every third call", 12, failing_calls),
+    Fault("write refused", "the kernel's limit on file sizes: EFBIG, or death by SIGXFSZ", 8, file_size_limit),
+    Fault("damaged file", "each file missing, empty, cut off, one bit flipped, zeros", 20, damaged_files),
     Fault("damaged folder", "folder missing or mixed, tracker missing, empty, wrong", 9, damaged_folders),
 )
 
