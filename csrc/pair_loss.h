@@ -17,8 +17,8 @@ struct PairLoss {
 };
 
 // margin = Z_A - Z_B; preference = probability that A is preferred (1, 0, 1/2 for a tie); label_smoothing = eps.
-// With v = +-margin, the sign that of the preferred label: loss = softplus(-v) + eps v.  Swapping A and B (margin and
-// preference mirrored) gives the same loss and the opposite slope, bit for bit.  Finite for any finite margin.
+// With v = margin if A is preferred and -margin otherwise: loss = softplus(-v) + eps v.  Swapping A and B (-margin and
+// 1 - preference) gives the same loss and the opposite derivative, bit for bit.  Finite for any finite margin.
 template <typename T>
 GRAM_HOST_DEVICE PairLoss<T> pair_loss(T margin, T preference, T label_smoothing) {
   const bool prefers_a = preference >= T(0.5);

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import pickle
-import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -28,12 +27,10 @@ from gram_engine.checkpoint.folder import publish
 from gram_engine.checkpoint.integrity import seal
 from gram_engine.checksums import ChecksummedFile
 from gram_engine.errors import CheckpointError, GramError
-from gram_engine.files import write_atomically
+from gram_engine.files import check_free_space, write_atomically
 from gram_engine.platform.stack import StoredObject, plan_checkpoint
 
 RECEIPT = "receipt_{:05d}.pickle"
-SPARE_BYTES = 64 << 20
-"""Disk space for what is not in shards: tokenizer, .metadata, headers."""
 RECEIPT_SECONDS = 60.0
 """How long a receipt written on another node may take to become visible here."""
 
@@ -55,12 +52,13 @@ class PendingCheckpoint:
         Raises:
             CheckpointError: it has not; the text gives the needed and the free space.
         """
-        needed, free = total_bytes + SPARE_BYTES, shutil.disk_usage(self.temporary.parent).free
-        if free < needed:
-            raise CheckpointError(
-                f"{self.final}: {needed / 1e9:.2f} GB are needed, {self.temporary.parent} has {free / 1e9:.2f} GB free. "
-                "Nothing was written, older checkpoints stay. Free space, keep fewer with --keep-last, or give another --save."
-            )
+        check_free_space(
+            self.temporary.parent,
+            total_bytes,
+            CheckpointError,
+            str(self.final),
+            "Nothing was written, older checkpoints stay. Free space, keep fewer with --keep-last, or give another --save.",
+        )
 
     @property
     def nbytes(self) -> int:
