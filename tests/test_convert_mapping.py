@@ -78,7 +78,7 @@ def damaged_folder(tmp_path, change, tied=False) -> HuggingFaceFolder:
         ),
         (
             lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}),
-            "the engine has no place for model.layers.0.self_attn.q_proj.bias",
+            "the engine does not know model.layers.0.self_attn.q_proj.bias",
         ),
     ],
     ids=["missing", "heads", "rows", "bias"],

@@ -47,7 +47,7 @@ class HuggingFaceFolder:
         wanted = hf_shapes(model)
         if other_head is None and SCORE.engine in self.files:
             raise CheckpointError(
-                f"{self.folder}: a ...ForSequenceClassification, which has {SCORE.engine} in place of an output layer. Start "
+                f"{self.folder}: a ...ForSequenceClassification, which has {SCORE.engine} instead of an output layer. Start "
                 "from it with --load-hf and --objective bradley-terry (without --sft-loss-weight)."
             )
         if other_head:
@@ -62,7 +62,7 @@ class HuggingFaceFolder:
         if missing := wanted.keys() - self.files.keys():
             raise CheckpointError(f"{self.folder}: missing: {_some(missing)}. Download the folder again.")
         if extra:
-            raise CheckpointError(f"{self.folder}: the engine has no place for {_some(extra)}. It reads LLaMA and Qwen3.")
+            raise CheckpointError(f"{self.folder}: the engine does not know {_some(extra)}. It reads LLaMA and Qwen3.")
         for name, shape in wanted.items():
             if self.entry(name).shape != shape:
                 raise CheckpointError(
@@ -89,7 +89,7 @@ class HuggingFaceFolder:
             raise CheckpointError(f"{index}: not an index of safetensors files: no weight_map of names. Download it again.")
         for name in files.values():
             if Path(name).name != name or not name.endswith(".safetensors"):
-                raise CheckpointError(f"{index}: {name!r:.200} is no safetensors file, or lies outside the folder.")
+                raise CheckpointError(f"{index}: {name!r:.200} is not a safetensors file in the folder.")
         return files
 
     def _reader(self, file: str) -> SafetensorsReader:

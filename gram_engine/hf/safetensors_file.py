@@ -74,7 +74,7 @@ class SafetensorsReader:
             with open(self.path, "rb") as handle:
                 length = int.from_bytes(handle.read(8), "little")
                 if not 2 <= length <= min(LONGEST_HEADER, size - 8):
-                    raise ValueError("its header is cut off or not one")
+                    raise ValueError("its header is cut off or invalid")
                 header = json.loads(handle.read(length))
         except FileNotFoundError:
             raise CheckpointError(f"{self.path}: no such file. Download the folder again.") from None
@@ -90,7 +90,7 @@ class SafetensorsReader:
                 raise self._damaged(f"{name} does not begin where the tensor before it ends")
             position = end
         if position != size:
-            raise self._damaged("it is cut off" if position > size else f"{size - position:,} bytes are behind its last tensor")
+            raise self._damaged("it is cut off" if position > size else f"{size - position:,} bytes follow its last tensor")
         for name, entry, _ in found:
             yield name, entry
 
