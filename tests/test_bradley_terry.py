@@ -229,14 +229,13 @@ def test_stage_one_is_scored_as_it_is_and_starts_a_scalar_head(pool, pairs, tiny
         ("--objective bradley-terry --freeze backbone --sft-loss-weight 0.01", "give one of the two"),
     ],
 )
-def test_refusals(flags, message, monkeypatch):
+def test_refusals(flags, message):
     from gram_engine.config.parse import parse
     from gram_engine.config.validate import check
     from gram_engine.errors import ConfigError
     from gram_engine.model.shapes import resolve_shape
 
-    monkeypatch.setenv("WORLD_SIZE", "2")
     config = parse(["--model", "tiny", "--vocab-size", "512", "--train-iters", "2", *flags.split()])
     resolve_shape(config)
     with pytest.raises(ConfigError, match=message):
-        check(config, data=False)
+        check(config, 2, data=False)

@@ -218,4 +218,4 @@ def test_flags_of_pruning(flags, message, tiny_data):
     from gram_engine.config.validate import check
 
     with pytest.raises(ConfigError, match=message):
-        check(tiny_config(tiny_data["stage2"], tiny_data["tokenizer"], flags))
+        check(tiny_config(tiny_data["stage2"], tiny_data["tokenizer"], flags), world_size=1)

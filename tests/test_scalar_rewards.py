@@ -134,10 +134,11 @@ def trained(flags):
     from gram_engine.config.parse import parse
     from gram_engine.config.validate import check
     from gram_engine.model.shapes import resolve_shape
+    from gram_engine.platform.environment import world_size
 
     config = parse([*SHAPE.split(), "--objective", "bradley-terry", "--num-layers", "2", *flags])
     resolve_shape(config)
-    check(config)
+    check(config, world_size())
     return tiny_trainer(config).train()
 
 

@@ -288,5 +288,5 @@ def _step_config(options: Losses, model: str, flags: tuple[str, ...]) -> Config:
     config = parse([*fixed, *flags])
     resolve_shape(config)
     config.model.vocab_size = config.model.vocab_size or SHAPES["tiny"][0]
-    check(config, data=False)
+    check(config, world_size=1, data=False)
     return config

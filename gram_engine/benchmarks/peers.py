@@ -136,7 +136,7 @@ def _config(options: Peers, stage: str, folder: str, flags: tuple[str, ...] = ()
     resolve_shape(config)
     config.model.vocab_size = config.model.vocab_size or options.vocab_size
     config.model.load_hf = folder
-    check(config, data=False)
+    check(config, world_size=options.processes, data=False)
     return config
 
 

@@ -143,7 +143,7 @@ def compare(case: Case) -> list[PlannerRow]:
     tokens = config.pack_tokens
     rows = tokens - SAMPLES if not config.task.needs_labels else SAMPLES
     pack = Pack(tokens / cp, rows / cp)
-    shards = cp * case.processes // parallel.model_parallel_size if parallel.use_distributed_optimizer else 1
+    shards = cp * parallel.dims(case.processes).data_parallel_size if parallel.use_distributed_optimizer else 1
     rows_of_case = []
     peaks = in_new_processes(peak_bytes, case, count=case.processes, threads=1)
     for rank, measured in enumerate(peaks):
@@ -159,7 +159,7 @@ def compare(case: Case) -> list[PlannerRow]:
 def configuration(case: Case) -> Config:
     """The layout's resolved configuration."""
     config = parse([*SHAPE.split(), *case.flags.split()])
-    data_parallel = case.processes // config.parallel.model_parallel_size
+    data_parallel = config.parallel.dims(case.processes).data_parallel_size
     config.training.global_batch_size = SAMPLES * MICROBATCHES * data_parallel
     resolve_shape(config)
     return config
@@ -171,7 +171,7 @@ def peak_bytes(case: Case) -> int:
     Every process of the layout calls it.
     """
     config = configuration(case)
-    check(config, data=False)
+    check(config, case.processes, data=False)
     with TensorBytes() as tensors, random_session(config, equal_lengths=True) as trainer:
         trainer.advance()
         tensors.peak = tensors.live

@@ -13,10 +13,11 @@ from gram_engine.benchmarks.command import StepOptions, TrainerOptions
 from gram_engine.benchmarks.measure import PeakMemory, describe
 from gram_engine.benchmarks.results import Row, add_ratios, table, write_json
 from gram_engine.benchmarks.workload import demonstration_data, random_session
-from gram_engine.config.schema import Config, world_size
+from gram_engine.config.schema import Config
 from gram_engine.config.validate import check
 from gram_engine.log import log
 from gram_engine.platform import device as platforms
+from gram_engine.platform.environment import world_size
 from gram_engine.training.session import session
 
 VOCAB_SIZE = 128256
@@ -99,7 +100,7 @@ class Throughput(StepOptions, TrainerOptions):
         own_data = bool(config.data.data or config.data.data_path)
         if config.model.vocab_size is None and not own_data:
             config.model.vocab_size = VOCAB_SIZE
-        check(config, data=own_data)
+        check(config, world_size(), data=own_data)
         trainer_session = session(config) if own_data else random_session(config, stretch=self.stretch)
         row = self._row(config, time_steps(config, trainer_session, self.warmup, self.steps))
         log(table([row]))
@@ -113,7 +114,7 @@ class Throughput(StepOptions, TrainerOptions):
         shape = _shape(config) | {"pack": config.pack_tokens, "samples": config.training.global_batch_size}
         layout = (
             f"TP{parallel.tensor_model_parallel_size} PP{parallel.pipeline_model_parallel_size} "
-            f"CP{parallel.context_parallel_size} DP{config.data_parallel_size}"
+            f"CP{parallel.context_parallel_size} DP{parallel.dims(world_size()).data_parallel_size}"
         )
         return Row(
             f"stage {self.stage} training step, {model.model or 'model'}", layout, shape, _precision(config), found.device,
@@ -140,7 +141,7 @@ class Saving(TrainerOptions):
             files = demonstration_data(Path(folder))
             config = self.config("--train-iters", "100000", "--vocab-size", str(VOCAB_SIZE), *files)
             config.checkpoint.save, config.checkpoint.async_save, config.checkpoint.keep_last = f"{folder}/run", True, 1
-            check(config)
+            check(config, world_size())
             with session(config) as trainer:
                 rows = self._rows(trainer)
         log(table(rows))

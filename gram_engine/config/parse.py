@@ -110,7 +110,7 @@ def flag_words(name: str, value: Any) -> list[str]:
     name, flag = name.replace("-", "_"), f"--{name.replace('_', '-')}"
     if isinstance(value, bool):
         return [flag, str(value)] if _is_optional_bool(name) else [flag if value else f"--no-{flag[2:]}"]
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [flag, *map(str, value)] if value else []
     return [flag, str(value)]
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
 
 import yaml
 
+from gram_engine.config.parallel_dims import ParallelDims
 from gram_engine.config.task import TASKS, ObjectiveName, Task
 from gram_engine.files import write_atomically
 from gram_engine.log import redact
@@ -151,10 +151,18 @@ class ParallelConfig:
     distributed_timeout_minutes: float = 30
     """A collective that waits longer than this ends the run."""
 
-    @property
-    def model_parallel_size(self) -> int:
-        """Processes that work on the same data: TP x PP x CP."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+    def dims(self, world_size: int) -> ParallelDims:
+        """This layout over `world_size` processes."""
+        return ParallelDims(
+            world_size=world_size,
+            tp=self.tensor_model_parallel_size,
+            pp=self.pipeline_model_parallel_size,
+            cp=self.context_parallel_size,
+            layers_per_virtual_stage=self.num_layers_per_virtual_pipeline_stage,
+            first_stage_layers=self.decoder_first_pipeline_num_layers,
+            last_stage_layers=self.decoder_last_pipeline_num_layers,
+            sequence_parallel=self.sequence_parallel,
+        )
 
 
 @dataclass
@@ -301,11 +309,6 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property
-    def data_parallel_size(self) -> int:
-        """Processes that work on different data; valid after validation.check."""
-        return world_size() // self.parallel.model_parallel_size
-
-    @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: vocab_size rounded up to make_vocab_size_divisible_by x TP."""
         multiple = self.model.make_vocab_size_divisible_by * self.parallel.tensor_model_parallel_size
@@ -380,13 +383,3 @@ class Config:
         """Write the configuration as YAML."""
         with write_atomically(path) as handle:
             handle.write(self.to_yaml())
-
-
-def world_size() -> int:
-    """Number of processes, as torchrun announces it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def restarts() -> int:
-    """How many times torchrun (--max-restarts) has started this run again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -3,93 +3,55 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
+from typing import Iterable, Iterator
 
-from gram_engine.config.schema import Config, ModelConfig, TrainingConfig, world_size
+from gram_engine.config.schema import Config, ModelConfig, TrainingConfig
 from gram_engine.errors import ConfigError
 from gram_engine.files import missing_source_message, source_is_there
 
+Rules = Iterator[tuple[bool, str]]
+"""(violated, message) of each rule; a rule may rely on those before it, so the first violated one counts."""
 
-def check(config: Config, data: bool = True) -> None:
+
+def check(config: Config, world_size: int, data: bool = True) -> None:
     """Refuse combinations that cannot work. Call after `resolve_shape` and before any process group starts.
 
     Args:
-        data: whether the run reads the data that the configuration names (benchmarks make their own).
+        world_size: number of processes of the run.
+        data: whether the run reads the data that the configuration names (benchmarks generate their own).
 
     Raises:
         ConfigError: names the values that clash and the remedy.
     """
-    for rule in (_check_shape, _check_parallel, *([_check_data] if data else []), _check_run, check_lora):
-        for wrong, message in rule(config):
-            if wrong:
-                raise ConfigError(message)
+    layout_rules = config.parallel.dims(world_size).rules(config)
+    data_rules = _data_rules(config) if data else ()
+    refuse(_shape_rules(config), layout_rules, _communication_rules(config), data_rules, _run_rules(config), lora_rules(config))
 
 
-def _check_shape(config: Config):
-    model, tp = config.model, config.parallel.tensor_model_parallel_size
-    heads, groups = model.num_attention_heads, model.num_query_groups
+def refuse(*groups: Iterable[tuple[bool, str]]) -> None:
+    """Raise a ConfigError with the message of the first rule that is violated."""
+    for violated, message in itertools.chain(*groups):
+        if violated:
+            raise ConfigError(message)
+
+
+def _shape_rules(config: Config) -> Rules:
+    model, heads, groups = config.model, config.model.num_attention_heads, config.model.num_query_groups
     yield heads % groups != 0, f"--num-attention-heads {heads} is not a multiple of --num-query-groups {groups}."
-    yield heads % tp != 0, (
-        f"--tensor-model-parallel-size {tp} does not divide the {heads} attention heads. "
-        f"Use a divisor of {heads}."
-    )
-    yield groups % tp != 0, (
-        f"--tensor-model-parallel-size {tp} does not divide the {groups} key/value heads (--num-query-groups). "
-        f"Use a divisor of {groups}."
-    )
-    yield model.ffn_hidden_size % tp != 0, (
-        f"--tensor-model-parallel-size {tp} does not divide --ffn-hidden-size {model.ffn_hidden_size}."
-    )
-    yield model.kv_channels % 2 != 0, f"--kv-channels {model.kv_channels} is odd: rotary embeddings turn pairs."
+    yield model.kv_channels % 2 != 0, f"--kv-channels {model.kv_channels} is odd: rotary embeddings rotate pairs of channels."
 
 
-def _check_parallel(config: Config):
-    parallel, layers = config.parallel, config.model.num_layers
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    cp, processes, product = parallel.context_parallel_size, world_size(), parallel.model_parallel_size
-    yield min(tp, pp, cp) < 1, f"TP {tp}, PP {pp} and CP {cp} must be at least 1."
-    yield processes % product != 0, (
-        f"{processes} processes cannot form TP {tp} x PP {pp} x CP {cp}: their number must be a multiple of {product}. "
-        f"Start torchrun with --nproc-per-node {product} (or a multiple), or lower the sizes."
-    )
-    yield cp > 1 and config.data.seq_length % (2 * cp) != 0, (
-        f"--context-parallel-size {cp} cuts every sample into {2 * cp} chunks: --seq-length {config.data.seq_length} must be "
-        f"a multiple of {2 * cp}."
-    )
-    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
-    uneven = first is not None or last is not None
-    yield not uneven and layers % pp != 0, (
-        f"--pipeline-model-parallel-size {pp} does not divide --num-layers {layers}. Use a divisor of {layers}, or give the "
-        "last stage another number with --decoder-last-pipeline-num-layers."
-    )
-    yield uneven and pp < 2, (
-        "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers need --pipeline-model-parallel-size "
-        "of at least 2."
-    )
-    yield uneven and not _layers_fit(layers, pp, first, last), (
-        f"--num-layers {layers} cannot be spread over {pp} pipeline stages with "
-        f"--decoder-first-pipeline-num-layers {first} and --decoder-last-pipeline-num-layers {last}: what these leave must "
-        "divide evenly among the other stages, at least one layer each."
-    )
-    yield uneven and parallel.num_layers_per_virtual_pipeline_stage is not None, (
-        "--num-layers-per-virtual-pipeline-stage needs equal pipeline stages: leave out "
-        "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers."
-    )
-    chunk = parallel.num_layers_per_virtual_pipeline_stage
-    if chunk is not None:
-        yield pp < 2, "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size of at least 2."
-        yield (layers // pp) % chunk != 0 or layers // pp == chunk, (
-            f"--num-layers-per-virtual-pipeline-stage {chunk} must divide the {layers // pp} layers of a stage "
-            "into at least two virtual stages."
-        )
-    yield parallel.sequence_parallel and tp == 1, "--sequence-parallel needs --tensor-model-parallel-size above 1."
+def _communication_rules(config: Config) -> Rules:
+    parallel = config.parallel
     yield parallel.tp_comm_overlap and not parallel.sequence_parallel, (
         "--tp-comm-overlap hides the communication of sequence parallelism: add --sequence-parallel."
     )
-    whole = dataclasses.replace(config, parallel=dataclasses.replace(parallel, tp_comm_overlap=False))
-    yield parallel.tp_comm_overlap and config.pack_tokens % whole.pack_multiple != 0, (
+    without = dataclasses.replace(config, parallel=dataclasses.replace(parallel, tp_comm_overlap=False))
+    yield parallel.tp_comm_overlap and config.pack_tokens % without.pack_multiple != 0, (
         f"--tp-comm-overlap pads every micro-batch to --micro-batch-size x --seq-length = {config.pack_tokens} tokens, which "
-        f"must be a multiple of {whole.pack_multiple}. Change --seq-length."
+        f"must be a multiple of {without.pack_multiple}. Change --seq-length."
     )
     yield parallel.overlap_param_gather and not parallel.use_distributed_optimizer, (
         "--overlap-param-gather gathers the distributed optimizer's shards: add --use-distributed-optimizer."
@@ -99,15 +61,7 @@ def _check_parallel(config: Config):
     )
 
 
-def _layers_fit(layers: int, stages: int, first: int | None, last: int | None) -> bool:
-    given = [count for count in (first, last) if count is not None]
-    rest, still_open = layers - sum(given), stages - len(given)
-    if min(given) < 1:
-        return False
-    return rest == 0 if still_open == 0 else rest >= still_open and rest % still_open == 0
-
-
-def _check_precision(config: Config):
+def _precision_rules(config: Config) -> Rules:
     training, model, tp = config.training, config.model, config.parallel.tensor_model_parallel_size
     fp8 = training.fp8_format is not None
     multiple = 32 if training.fp8_recipe == "mxfp8" else 16
@@ -129,8 +83,8 @@ def _check_precision(config: Config):
     )
 
 
-def check_lora(config: Config):
-    """(wrong, message) of each rule of --lora-rank and the other LoRA flags."""
+def lora_rules(config: Config) -> Rules:
+    """Rules of --lora-rank, --lora-alpha and --lora-modules."""
     model, rank = config.model, config.model.lora_rank
     unused = model.lora_alpha is not None or model.lora_modules != ModelConfig.lora_modules
     yield rank is None and unused, "--lora-alpha and --lora-modules need --lora-rank."
@@ -151,10 +105,10 @@ def check_lora(config: Config):
     )
 
 
-def _check_data(config: Config):
+def _data_rules(config: Config) -> Rules:
     data = config.data
     yield bool(data.data) == bool(data.data_path), (
-        "Give the training data once: --data FILE ... (raw) or --data-path PREFIX (from tools/preprocess_data.py)."
+        "Give the training data once: --data FILE ... (raw) or --data-path PREFIX (from gram preprocess)."
     )
     yield bool(data.valid_data) and bool(data.valid_data_path), "Give either --valid-data or --valid-data-path."
     for file in (*data.data, *data.valid_data):
@@ -169,13 +123,8 @@ def _check_data(config: Config):
     yield data.seq_length < 1, f"--seq-length {data.seq_length} must be positive."
 
 
-def _check_scalar_head(config: Config):
+def _scalar_head_rules(config: Config) -> Rules:
     training, scalar = config.training, config.has_scalar_head
-    yield scalar and config.parallel.context_parallel_size > 1, (
-        "--objective bradley-terry compares the ends of two sequences, which --context-parallel-size "
-        f"{config.parallel.context_parallel_size} would put on different processes. Leave it out; for long samples use "
-        "--tensor-model-parallel-size with --sequence-parallel, and --recompute-granularity full."
-    )
     yield scalar and config.data.pair_order == "both", (
         "--pair-order both would give --objective bradley-terry every pair twice: its loss is the same in both orders. "
         "Leave it out."
@@ -199,7 +148,7 @@ def _check_scalar_head(config: Config):
     )
 
 
-def _check_run(config: Config):
+def _run_rules(config: Config) -> Rules:
     training, checkpoint = config.training, config.checkpoint
     lengths = [training.train_samples, training.train_iters, training.train_epochs]
     yield sum(length is not None for length in lengths) != 1, (
@@ -212,8 +161,8 @@ def _check_run(config: Config):
         "--label-softmax full-vocabulary has no plain version: leave --no-fused-losses out."
     )
     yield min(training.micro_batch_size, training.global_batch_size) < 1, "Batch sizes must be at least 1."
-    yield from _check_scalar_head(config)
-    yield from _check_precision(config)
+    yield from _scalar_head_rules(config)
+    yield from _precision_rules(config)
     rows = training.logits_chunk_size
     yield rows is not None and rows < 1, f"--logits-chunk-size {rows} must be at least 1. Leave it out for the default."
     yield not 0 <= training.lr_warmup_fraction < 1, (

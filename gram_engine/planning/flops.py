@@ -1,11 +1,13 @@
-"""Model FLOPs of a step, counted honestly for packed data.
+"""Model FLOPs of a training step on packed data: only what the model needs, without padding and recomputation.
 
-Per token and layer: 2 FLOPs per weight of the matrices.  Attention scores and values: causal, so half of the squared
-length of each SAMPLE (not of the pack).  The pruned last layer (model/label_rows.py): keys and values of every token, all
-else for label rows.  Output layer: only for rows that run it (all response tokens in stage 1; in stage 2 one position per
-sample, two rows of the vocabulary or all; for bradley-terry two positions and one row, or the better response's tokens).
-Backward = twice forward (none through a frozen backbone); recomputation is not counted.  LoRA: frozen weights have no
-gradient, so backward = forward; the adapters' own products are not counted.
+- Layers: 2 FLOPs per token and weight of the matrices.
+- Attention scores and values: causal, so half of the squared length of each sample (not of the pack).
+- The pruned last layer (model/label_rows.py): keys and values of every token, everything else for label rows only.
+- Output layer: only the rows that run it.  Stage 1: all response tokens.  Stage 2: one position per sample, times the two
+  label rows of the output weight or all of its rows.  bradley-terry: two positions times one row, or the chosen response's
+  tokens times all rows.
+- Backward pass: twice the forward pass; none through a frozen backbone.  LoRA: frozen weights have no gradient, so once the
+  forward pass; the adapters' own products are not counted.
 """
 
 from __future__ import annotations
@@ -15,28 +17,33 @@ from gram_engine.data.loader import GlobalBatch
 
 
 def step_flops(config: Config, batch: GlobalBatch) -> float:
-    """Forward + backward FLOPs of one global batch over all processes."""
+    """Forward and backward FLOPs of one global batch, over all processes."""
     tokens, rows, squares = batch.num_tokens, batch.num_rows, batch.squared_lengths
-    layers = (config.model.num_layers - 1) * layer_flops(config, tokens, squares)
-    return passes(config) * (layers + last_layer_flops(config, tokens, rows, squares) + head_flops(config, rows))
+    return passes(config) * forward_flops(config, tokens, rows, squares)
+
+
+def forward_flops(config: Config, tokens: float, rows: float, squared_lengths: float) -> float:
+    """Forward FLOPs of `tokens` tokens, `rows` of which run the output layer, in samples of these summed squared lengths."""
+    layers = (config.model.num_layers - 1) * layer_flops(config, tokens, squared_lengths)
+    return layers + last_layer_flops(config, tokens, rows, squared_lengths) + head_flops(config, rows)
 
 
 def passes(config: Config) -> float:
-    """Forward and backward FLOPs of a step as a multiple of the forward ones."""
+    """FLOPs of forward and backward pass together, as a multiple of the forward pass."""
     if config.training.freeze == "backbone":
         return 1.0
     return 3.0 if config.model.lora_rank is None else 2.0
 
 
 def layer_flops(config: Config, tokens: float, squared_lengths: float) -> float:
-    """Forward FLOPs of one whole layer."""
+    """Forward FLOPs of one layer that computes every token."""
     query, key_value, mlp = _widths(config)
     attention = 2.0 * query * squared_lengths  # QK^T and PV, 2 FLOPs each, half of the square
     return 2.0 * config.model.hidden_size * (2 * query + key_value + mlp) * tokens + attention
 
 
 def last_layer_flops(config: Config, tokens: float, rows: float, squared_lengths: float) -> float:
-    """Forward FLOPs of the last layer, `rows` of whose outputs are used."""
+    """Forward FLOPs of the last layer, of whose outputs the head uses `rows`."""
     if not config.prunes_last_layer:
         return layer_flops(config, tokens, squared_lengths)
     query, key_value, mlp = _widths(config)
@@ -45,7 +52,7 @@ def last_layer_flops(config: Config, tokens: float, rows: float, squared_lengths
 
 
 def head_flops(config: Config, rows: float) -> float:
-    """Forward FLOPs of the output layer."""
+    """Forward FLOPs of the output layer, or of the scalar head."""
     training = config.training
     two_token = config.task.head == "labels" and training.label_softmax == "two-token"
     width = 2 if two_token else config.model.vocab_size if config.has_vocabulary_head else 1

@@ -1,10 +1,10 @@
-"""Bytes of one process: parameters, gradients, optimizer, activations, logits, and what exists for a moment only.
+"""Peak memory of one process: parameters, gradients, optimizer state, activations, logits and temporaries, in bytes.
 
-Activations are what autograd keeps for the backward pass, counted tensor by tensor (tests/test_plan.py compares the count
-with autograd's own).  The peak is looked for over the pipeline schedule: the micro-batches in flight at each backward pass,
-the head's logits, the embedding's dense gradient and the optimizer's temporaries each exist at another moment.
+Activations are the tensors that autograd keeps for the backward pass, counted one by one (tests/test_plan.py compares the
+count with autograd's).  The micro-batches in flight, the head's logits and the embedding's dense gradient do not peak at the
+same time, so the peak is searched over the pipeline schedule.
 
-Data parallelism is in `shards`, context parallelism in the pack's tokens.
+Data parallelism enters through `shards`, context parallelism through the pack's tokens.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Engine:
-    """How the layers run; the defaults are this engine's on a GPU.
+    """Which implementation runs; the defaults are this engine on a GPU.
 
     local_layers: gram_engine's norms and rotary embedding instead of Transformer Engine's.
-    fused_swiglu: the activation keeps its input only, not its two factors as well (two more feed-forward widths).
-    attention_by_sequence: each sequence of a pack has an output of its own before they are joined.
-    gradient_bytes: of one element of DDP's gradient buffer.
-    logits_bytes: of a chunk of logits, where --logits-chunk-size is not given.
-    overhead_bytes, overhead_fraction: CUDA context, NCCL and cuBLAS buffers; fragmentation, as part of all tensors.
+    fused_swiglu: autograd keeps only the activation's input, not its two factors as well (two more feed-forward widths).
+    attention_by_sequence: attention runs on one sequence of a pack at a time, and the outputs are concatenated.
+    gradient_bytes: bytes of one element of DDP's gradient buffer.
+    logits_bytes: bytes of a chunk of logits, where --logits-chunk-size is not given.
+    overhead_bytes: CUDA context, NCCL and cuBLAS buffers.
+    overhead_fraction: fragmentation, as a fraction of all tensors.
     """
 
     local_layers: bool = False
@@ -52,7 +53,7 @@ CPU = Engine(
 
 @dataclass(frozen=True)
 class Pack:
-    """One micro-batch: tokens of one process (a pack's, divided by context parallelism) and rows that predict."""
+    """One micro-batch on one process: its tokens (the pack's, divided by CP) and its rows that run the output layer."""
 
     tokens: float
     rows: float
@@ -76,11 +77,11 @@ class Memory:
 
 
 def peak_memory(config: Config, stage: int, pack: Pack, microbatches: int, shards: int, engine: Engine = GPU) -> Memory:
-    """A process of pipeline stage `stage` at its peak.
+    """Memory of a process of pipeline stage `stage` at its peak.
 
     Args:
-        microbatches: of one step on this process.
-        shards: processes over which the distributed optimizer spreads its state; 1 without it.
+        microbatches: micro-batches of one step on this process.
+        shards: processes over which the distributed optimizer shards its state; 1 without it.
     """
     count, trained = parameter_count(config, stage), trained_count(config, stage)
     element = _element(config)
@@ -111,19 +112,19 @@ def parameter_count(config: Config, stage: int) -> int:
         count += vocabulary
     if stage == stages - 1:
         count += model.hidden_size * (2 if config.has_scalar_head else 1)
-        # A tied weight on a pipeline is there twice, unless stage 2 borrows its two rows (model/reward_model.py).
+        # With pipeline stages a tied weight exists twice, unless stage 2 borrows its two rows (model/reward_model.py).
         own = untied or (stages > 1 and not config.label_rows_only)
         count += vocabulary if config.has_vocabulary_head and own else 0
     return count
 
 
 def trained_count(config: Config, stage: int) -> int:
-    """Parameters of a process that have gradients and optimizer state: with LoRA the adapters alone."""
+    """Parameters of a process that have gradients and optimizer state; with LoRA only the adapters."""
     return parameter_count(config, stage) if config.model.lora_rank is None else _adapters(config, stage)
 
 
 def _adapters(config: Config, stage: int) -> int:
-    """Elements of LoRA's adapters (model/lora.py): rank x (inputs + outputs) of each linear layer, as this process holds it."""
+    """Elements of LoRA's adapters (model/lora.py): rank x (inputs + outputs) of each linear layer's part on this process."""
     query, group, mlp = _columns(config)
     hidden = config.model.hidden_size
     sides = dict(linear_qkv=query + 2 * group, linear_proj=query, linear_fc1=2 * mlp, linear_fc2=mlp)
@@ -138,7 +139,7 @@ def _matrices(config: Config, stage: int) -> int:
 
 
 def layer_bytes(config: Config, tokens: float, engine: Engine = GPU) -> float:
-    """What autograd keeps of one transformer layer, its input included, for a micro-batch of `tokens` on this process."""
+    """Bytes that autograd keeps of one transformer layer, its input included, for `tokens` tokens on this process."""
     query, group, mlp = _columns(config)
     element, product = _element(config), _product(config)
     heads, context = config.model.num_attention_heads, config.parallel.context_parallel_size
@@ -148,7 +149,7 @@ def layer_bytes(config: Config, tokens: float, engine: Engine = GPU) -> float:
         # Keys and values of all context-parallel processes; those of a process's first chunk occur twice.
         attention += element * 2 * group * (context - 0.5)
     elif engine.local_layers:
-        attention += element * (query + group)  # the value is a view of the whole projection
+        attention += element * (query + group)  # the value is a view that keeps the whole projection alive
     if engine.attention_by_sequence:
         attention += element * query
     elif product != element:
@@ -161,17 +162,17 @@ def layer_bytes(config: Config, tokens: float, engine: Engine = GPU) -> float:
 
 
 def norm_bytes(config: Config, engine: Engine) -> float:
-    """Kept of one norm and of the matrix product behind it, per token of the whole pack: its input, its output, statistics."""
+    """Bytes per token that a norm and the matrix product after it keep: the norm's input, its output and its statistics."""
     share = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
     # torch's norm keeps its input and, for its weight's gradient, the normalised input, both in fp32; Transformer Engine's
-    # the input alone.
+    # norm keeps only the input.
     kept = 8 if config.model.lora_rank is None else 4
     inside = kept if engine.local_layers else _element(config)
     return ((inside + _product(config)) * config.model.hidden_size + 4) / share
 
 
 def pruned_layer_bytes(config: Config, pack: Pack, engine: Engine) -> float:
-    """The last layer of stage 2 (model/label_rows.py): keys and values of all tokens, all else of label rows."""
+    """Bytes kept of the pruned last layer (model/label_rows.py): keys and values of all tokens, all else of label rows."""
     query, group, mlp = _columns(config)
     element = _element(config)
     tokens = norm_bytes(config, engine) + element * 3 * group
@@ -180,7 +181,7 @@ def pruned_layer_bytes(config: Config, pack: Pack, engine: Engine) -> float:
 
 
 def _head_norms(config: Config, query: float, group: float, engine: Engine) -> float:
-    """Norms of each head's query and key (Qwen3): inputs, and what the norm keeps."""
+    """Bytes per token kept by the norms of each head's query and key (Qwen3), their inputs included."""
     element = _element(config)
     statistics = 4 * (query + group) / config.model.kv_channels
     if not engine.local_layers:
@@ -190,13 +191,13 @@ def _head_norms(config: Config, query: float, group: float, engine: Engine) -> f
 
 
 class _Moments:
-    """Candidates for a process's peak, each (activations, logits, temporary) in bytes beyond the states."""
+    """Moments of a step at which memory may peak, each (activations, logits, temporary) in bytes beyond the states."""
 
     def __init__(self, config: Config, stage: int, pack: Pack, microbatches: int, engine: Engine):
         self.config, self.pack, self.engine = config, pack, engine
         parallel = config.parallel
         self.stage, self.stages = stage, parallel.pipeline_model_parallel_size
-        self.microbatches = min(microbatches, 3 * self.stages)  # then the schedule repeats itself
+        self.microbatches = min(microbatches, 3 * self.stages)  # from there on the schedule repeats itself
         self.chunks = config.virtual_pipeline_size or 1
         self.layers = stage_layers(config)[stage] // self.chunks
         self.element = _element(config)
@@ -234,13 +235,13 @@ class _Moments:
             kept += pruned_layer_bytes(config, self.pack, engine) if whole < self.layers else 0.0
         kept += self.element * config.model.kv_channels * self.pack.tokens  # cosines and sines
         if not is_last:
-            kept += self.row  # what is sent to the next stage stays until its gradient comes
+            kept += self.row  # the output that is sent to the next stage stays until its gradient arrives
         elif not config.label_rows_only:
             rows = self.pack.rows if config.task.needs_labels else self.pack.tokens
             kept += rows * norm_bytes(config, engine)
             kept += 2 * self.pack.rows * self.element * config.model.hidden_size  # rows that predict, and their gradient
         if engine.local_layers and self.element == 2 and not (self.stage == 0 and chunk == 0) and not self.recompute:
-            kept += self.row  # what came from the stage before; the norm keeps its own fp32 copy
+            kept += self.row  # the input from the previous stage; the norm keeps its own fp32 copy
         return kept
 
     def _is_last(self, chunk: int) -> bool:
@@ -260,7 +261,7 @@ class _Moments:
         return buffers * min(chunk, self.pack.rows) * width, gathered
 
     def _backward(self, chunk: int) -> float:
-        """Gradients on their way through the feed-forward layer, where most of them meet all activations."""
+        """Temporaries of a chunk's backward pass, which are largest in the last layer's MLP, while all activations are live."""
         _, _, mlp = _columns(self.config)
         hidden, tokens = self.config.model.hidden_size, self.pack.tokens
         if self._is_last(chunk) and self.config.prunes_last_layer and self.layers == 1:
@@ -270,8 +271,8 @@ class _Moments:
         gradients = max(2 * part, part + weight)
         if self.share > 1:
             gradients += self.element * hidden * tokens  # the gathered pack
-        again = min(self.config.training.recompute_num_layers, self.layers) if self.recompute else 0
-        return again * layer_bytes(self.config, tokens, self.engine) + gradients + 2 * self.row
+        recomputed = min(self.config.training.recompute_num_layers, self.layers) if self.recompute else 0
+        return recomputed * layer_bytes(self.config, tokens, self.engine) + gradients + 2 * self.row
 
     def _embedding_gradient(self) -> float:
         if self.config.model.lora_rank is not None:
@@ -282,20 +283,20 @@ class _Moments:
 
 
 def schedule(stages: int, stage: int, chunks: int, microbatches: int) -> list[tuple[bool, int]]:
-    """megatron-core's order of work on one pipeline stage: (forward?, chunk) for each micro-batch and chunk.
+    """megatron-core's order of passes on one pipeline stage: (is forward, chunk) for each micro-batch and chunk.
 
-    1F1B: stages - stage - 1 forward passes ahead.  Interleaved: groups of `stages` micro-batches go through all chunks, and
-    2 (stages - stage - 1) + (chunks - 1) stages passes are ahead.
+    1F1B starts with stages - stage - 1 warm-up forward passes.  The interleaved schedule sends groups of `stages`
+    micro-batches through all chunks, and starts with 2 (stages - stage - 1) + (chunks - 1) stages warm-up passes.
     """
     total = microbatches * chunks
-    ahead = stages - stage - 1 if chunks == 1 else 2 * (stages - stage - 1) + (chunks - 1) * stages
-    ahead = min(ahead, total)
+    warmup = stages - stage - 1 if chunks == 1 else 2 * (stages - stage - 1) + (chunks - 1) * stages
+    warmup = min(warmup, total)
     forward = [(True, number // stages % chunks) for number in range(total)]
     backward = [(False, chunks - 1 - chunk) for _, chunk in forward]
-    order = forward[:ahead]
-    for number in range(total - ahead):
-        order += [forward[ahead + number], backward[number]]
-    return order + backward[total - ahead :]
+    order = forward[:warmup]
+    for number in range(total - warmup):
+        order += [forward[warmup + number], backward[number]]
+    return order + backward[total - warmup :]
 
 
 def _element(config: Config) -> int:
@@ -303,12 +304,12 @@ def _element(config: Config) -> int:
 
 
 def _product(config: Config) -> int:
-    """Bytes of an element that a matrix product of the layers keeps."""
+    """Bytes of an element of the input that a layer's matrix product keeps."""
     return 1 if config.training.fp8_format else _element(config)
 
 
 def _columns(config: Config) -> tuple[float, float, float]:
-    """This tensor-parallel process's columns of query, of key (as many of value), and of one half of the MLP."""
+    """Widths of query, of key (value is as wide) and of the MLP on one tensor-parallel process."""
     model, tp = config.model, config.parallel.tensor_model_parallel_size
     return (
         model.num_attention_heads * model.kv_channels // tp,

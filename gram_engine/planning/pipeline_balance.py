@@ -1,13 +1,14 @@
-"""How evenly the work is spread over pipeline stages, and a better number of layers for the last one.
+"""The cost of each pipeline stage, and the number of layers of the last stage that balances the pipeline best.
 
-A pipeline runs at the pace of its slowest stage.  Stage 1's output layer makes the last stage slower than the others;
-stage 2's pruned last layer makes it faster, so that it can take more layers (--decoder-last-pipeline-num-layers).
+A pipeline runs at the pace of its slowest stage.  Stage 1's output layer makes the last pipeline stage slower than the
+others; stage 2's pruned last layer makes it faster, so that it can take more layers (--decoder-last-pipeline-num-layers).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from gram_engine.config.parallel_dims import layers_by_stage
 from gram_engine.config.schema import Config
 from gram_engine.planning.flops import head_flops, last_layer_flops, layer_flops
 
@@ -17,22 +18,19 @@ class Work(NamedTuple):
 
     tokens: float
     rows: float
-    """Positions that meet the output layer: response tokens (stage 1), samples (stage 2), ends of texts (bradley-terry)."""
+    """Positions that run the output layer: response tokens (stage 1), samples (stage 2), ends of sequences (bradley-terry)."""
     squared_lengths: float
 
 
 def stage_layers(config: Config) -> list[int]:
-    """Layers of each pipeline stage, over all its virtual stages; validation.py has checked that they add up."""
+    """Layers of each pipeline stage, over all its virtual stages, of a configuration that validate.check accepts."""
     parallel = config.parallel
-    layers: list[int | None] = [None] * parallel.pipeline_model_parallel_size
-    layers[0] = parallel.decoder_first_pipeline_num_layers
-    layers[-1] = parallel.decoder_last_pipeline_num_layers
-    rest = config.model.num_layers - sum(filter(None, layers))
-    return [count or rest // layers.count(None) for count in layers]
+    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
+    return layers_by_stage(config.model.num_layers, parallel.pipeline_model_parallel_size, first, last)
 
 
 def stage_costs(config: Config, layers: list[int], work: Work) -> list[float]:
-    """FLOPs of each stage on this work, relative to their mean."""
+    """FLOPs of each pipeline stage for this work, relative to the mean stage."""
     layer = layer_flops(config, work.tokens, work.squared_lengths)
     costs = [count * layer for count in layers]
     costs[-1] += last_layer_flops(config, work.tokens, work.rows, work.squared_lengths) - layer
@@ -42,7 +40,7 @@ def stage_costs(config: Config, layers: list[int], work: Work) -> list[float]:
 
 
 def balance_report(config: Config, work: Work) -> str:
-    """One line: each stage's cost, and the number of layers of the last stage that makes the slowest stage fastest."""
+    """One line: each stage's cost, and the number of layers of the last stage that makes the slowest stage fastest, if any."""
     layers = stage_layers(config)
     costs = stage_costs(config, layers, work)
     report = f"pipeline: layers {_joined(layers)} | cost of each stage (mean 1) {_joined(f'{cost:.2f}' for cost in costs)}"
@@ -55,12 +53,10 @@ def balance_report(config: Config, work: Work) -> str:
 def best_last_stage(config: Config, work: Work) -> tuple[int | None, float]:
     """(layers of the last stage, cost of the slowest stage with it), or (None, inf) where no number is possible."""
     stages, total = config.parallel.pipeline_model_parallel_size, config.model.num_layers
-    others = stages - 1
     choices = {}
     if config.virtual_pipeline_size is None and config.parallel.decoder_first_pipeline_num_layers is None:
         for last in range(1, total):
-            if (total - last) % others == 0:
-                layers = [(total - last) // others] * others + [last]
+            if layers := layers_by_stage(total, stages, last=last):
                 choices[last] = max(stage_costs(config, layers, work))
     if not choices:
         return None, float("inf")

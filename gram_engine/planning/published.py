@@ -1,11 +1,11 @@
-"""Published Megatron runs, to hold the planner against: layouts that are known to fit, and their speed.
+"""Published Megatron runs that the planner is compared with: layouts that are known to fit, and their speed.
 
 Sources: NVIDIA/Megatron-LM, examples/llama/README.md ("FP8 Performance", Llama-3 on H100) and its script
 train_llama3_8b_h100_fp8.sh; NVIDIA-NeMo/Megatron-Bridge, performance summary 26.06 (SFT of Llama-3 70B on H100) and
 scripts/performance/configs/llama/llama3_llm_finetune.py.
 
-They train in FP8 (--fp8-param-gather: weights in 8 bits twice, for the two orders in which they are multiplied) and reduce
-gradients in bf16, which this engine does not do: `as_published` counts both.  Its speed has the FP8 gain of `Hardware`.
+They train in FP8 (--fp8-param-gather: two 8-bit copies of the weights, one transposed) and reduce gradients in bf16, which
+this engine does not do; `as_published` counts both.  Its speed uses the FP8 speedup of `Hardware`.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ RUNS = (
 
 
 def as_published(run: Run) -> Plan:
-    """The run with its own precision."""
+    """The plan of the run in its own precision."""
     return _plan(run, replace(GPU, gradient_bytes=2), run.layout, fp8=True)
 
 
 def as_this_engine(run: Run, fp8: bool = False, recompute: str = "none") -> Plan:
-    """The run's layout in this engine, gradients in fp32."""
+    """The plan of the run's layout in this engine, which reduces gradients in fp32."""
     return _plan(run, GPU, replace(run.layout, recompute=recompute), fp8)
 
 

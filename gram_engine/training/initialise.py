@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.distributed.rendezvous import rendezvous
 
-from gram_engine.config.schema import Config, restarts, world_size
+from gram_engine.config.schema import Config
 from gram_engine.data.dataset import PairDataset
 from gram_engine.data.preprocess import ensure_preprocessed
 from gram_engine.data.samples import label_ids
@@ -21,6 +21,7 @@ from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import ConfigError, DataError
 from gram_engine.platform.agreement import run_on_rank0
 from gram_engine.platform.device import Platform
+from gram_engine.platform.environment import restarts, world_size
 
 
 @dataclass

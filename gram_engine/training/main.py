@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Iterator
 
 from gram_engine.config.parse import fail, parse
-from gram_engine.config.schema import Config, restarts
+from gram_engine.config.schema import Config
 from gram_engine.config.validate import check
 from gram_engine.errors import GramError
 from gram_engine.log import is_main_process, log
 from gram_engine.model.shapes import resolve_shape
+from gram_engine.platform.environment import restarts, world_size
 from gram_engine.training.session import session
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def main(argv: list[str] | None, prog: str, defaults: tuple[str, ...]) -> None:
         config = parse(sys.argv[1:] if argv is None else argv, prog, defaults)
         resolve_shape(config)
         _resume_after_restart(config)
-        check(config)
+        check(config, world_size())
         if config.logging.dry_run:
             if is_main_process():
                 print(config.to_yaml(), end="")

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 
 from tqdm import tqdm
 
-from gram_engine.config.schema import Config, world_size
+from gram_engine.config.schema import Config
 from gram_engine.errors import ConfigError
 from gram_engine.log import is_main_process, log
 from gram_engine.platform.device import Platform
+from gram_engine.platform.environment import world_size
 
 
 @dataclass

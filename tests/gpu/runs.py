@@ -9,6 +9,7 @@ from gram_engine.benchmarks.workload import write_workload
 from gram_engine.config.parse import parse
 from gram_engine.config.validate import check
 from gram_engine.model.shapes import resolve_shape
+from gram_engine.platform.environment import world_size
 from gram_engine.training.session import session
 from tests.support.tiny import train_steps
 
@@ -25,7 +26,7 @@ def trainer_of(stage: str, flags: str, data: dict | None = None):
 
     config = parse([*SHAPE.split(), "--objective", OBJECTIVES[stage], *flags.split()])
     resolve_shape(config)
-    check(config, data=False)
+    check(config, world_size(), data=False)
     with tempfile.TemporaryDirectory() as folder:
         if data is not None:
             config.data.tokenizer_model, prefix = data["tokenizer"], data[f"stage{stage}"]
