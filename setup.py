@@ -1,18 +1,22 @@
-"""Package metadata, and the native kernels: each is built where the machine can, and what is missing is said.
+"""Package metadata, and the native kernels: those that this machine can build are built, the others are named.
 
-Exact versions live in requirements.txt; ruff's and pytest's settings in pyproject.toml.
+Exact versions are in requirements.txt; the settings of ruff and pytest are in pyproject.toml.
 """
 
 import importlib.util
 import os
-import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))  # pip runs this file without its folder on the path
+
+from gram_engine.install.toolchain import find_compiler, find_nvcc  # noqa: E402
+
 CUDA_ARCHITECTURES = "80;90a;100a"
 
 
@@ -20,16 +24,6 @@ def pinned(file: str) -> list[str]:
     """The requirements of a file, without comments."""
     lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-
-
-def find_compiler() -> str | None:
-    """A C++ compiler: $CXX, g++, c++ or clang++."""
-    return next(filter(None, map(shutil.which, filter(None, [os.environ.get("CXX"), "g++", "c++", "clang++"]))), None)
-
-
-def find_nvcc() -> str | None:
-    """nvcc on the PATH, or in $CUDA_HOME/bin."""
-    return shutil.which("nvcc") or shutil.which(str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"))
 
 
 def cpu_command(output: Path) -> tuple[list[str] | None, str]:
@@ -52,14 +46,14 @@ def cuda_command(output: Path) -> tuple[list[str] | None, str]:
         return None, "no nvcc found. Install the CUDA toolkit, or set CUDA_HOME, and install again"
     names = os.environ.get("GRAM_CUDA_ARCHS", CUDA_ARCHITECTURES).split(";")
     targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
-    newest = names[-1].rstrip("af")  # also as PTX, for GPUs to come
+    newest = names[-1].rstrip("af")  # also as PTX, for newer GPUs
     targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     flags = ["-O3", "-std=c++20", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC", "-Xptxas", "-v"]
     return [nvcc, *flags, *targets, str(ROOT / "csrc/pair_loss.cu"), "-o", str(output)], ""
 
 
 class BuildKernels(build_ext):
-    """Compiles csrc/ into gram_engine/kernels. A part that cannot be built is named, and the installation goes on."""
+    """Compiles csrc/ into gram_engine/kernels. A part that cannot be built is named, and the installation continues."""
 
     PARTS = (
         ("CPU kernels", "libgram_cpu.so", cpu_command, "CPU training uses the PyTorch reference, which is slower"),
@@ -87,7 +81,7 @@ class BuildKernels(build_ext):
                 self._say(f"gram_engine: {part} built.")
 
     def _say(self, message: str) -> None:
-        """pip shows a build's output only with -v; a log file, where asked for, keeps it."""
+        """Print, and append to $GRAM_BUILD_LOG if set: pip shows a build's output only with -v."""
         print(message, flush=True)
         if log := os.environ.get("GRAM_BUILD_LOG"):
             with open(log, "a", encoding="utf-8") as handle:
@@ -110,13 +104,13 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["gram_engine", "gram_engine.*"]),
     package_data={"gram_engine.data": ["templates/*.yaml"], "gram_engine.kernels": ["*.so"]},
-    # A name for setuptools to build; BuildKernels knows what.
+    # setuptools builds only if there is an extension; BuildKernels compiles its own list.
     ext_modules=[Extension("gram_engine.kernels.native", sources=[])],
     cmdclass={"build_ext": BuildKernels},
     install_requires=pinned("requirements.txt"),
     extras_require={
         "dev": pinned("requirements-dev.txt"),
-        # Both compile on installation: `make gpu` does it with this machine's headers and for its GPU alone.
+        # These compile on installation; `make gpu` sets this machine's headers and GPU architectures.
         "gpu": pinned("requirements-gpu.txt"),
         "wandb": ["wandb==0.31.0"],
         "hub": ["datasets==5.2.0"],

@@ -1,4 +1,4 @@
-"""The `gram` command: thin doors to the package's functions."""
+"""The `gram` command: finds the function of each subcommand and calls it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import sys
 COMMANDS = {
     "pretrain": ("gram_engine.training.main:pretrain", "stage 1: learn to generate both responses (no labels)"),
     "finetune": ("gram_engine.training.main:finetune", "stage 2: learn to predict the preferred response"),
-    "preprocess": ("gram_engine.data.preprocess:main", "preference files -> .bin/.idx"),
-    "data inspect": ("gram_engine.data.inspect:main", "show a packed sample: which tokens carry loss"),
-    "convert": ("gram_engine.convert.command:main", "checkpoint -> Hugging Face folder, and back"),
+    "preprocess": ("gram_engine.data.preprocess:main", "tokenize preference files into .bin/.idx"),
+    "data inspect": ("gram_engine.data.inspect:main", "show the tokens of a packed sample that carry loss"),
+    "convert": ("gram_engine.convert.command:main", "convert a checkpoint to a Hugging Face folder, or back"),
     "score": ("gram_engine.scoring.command:main", "score preference pairs with a Hugging Face folder"),
-    "rank": ("gram_engine.scoring.command:rank_main", "rank lists of responses, or find the best of n"),
+    "rank": ("gram_engine.scoring.command:rank_main", "rank lists of responses, or pick the best of n"),
     "evaluate": ("gram_engine.evaluation.evaluate:main", "RewardBench, RM-Bench, JudgeBench, HHH or own pairs: a report"),
-    "best-of-n": ("gram_engine.evaluation.best_of_n:main", "choose among n with a reward model: score and KL as a curve"),
+    "best-of-n": ("gram_engine.evaluation.best_of_n:main", "best-of-n sampling with a reward model: score against KL"),
     "reproduce": ("gram_engine.reproduce.command:main", "the paper's comparison from a recipe, with a report"),
-    "plan": ("gram_engine.planning.command:main", "which layouts of a model fit on how many GPUs, and how fast"),
+    "plan": ("gram_engine.planning.command:main", "parallel layouts of a model: memory, speed, the flags of the best"),
     "train-tokenizer": ("gram_engine.data.train_tokenizer:main", "train a SentencePiece tokenizer on preference files"),
     "benchmark": ("gram_engine.benchmarks.command:main", "measure time and memory; gram benchmark --help lists what"),
     "demo-data": ("gram_engine.data.demo:main", "make the demonstration preference data"),

@@ -50,7 +50,7 @@ check_venv() {
 }
 
 fingerprint() {
-    { cat requirements.txt requirements-dev.txt setup.py tools/make_venv.sh csrc/*; pwd; command -v g++ nvcc || true; } | sha256sum
+    { cat requirements.txt requirements-dev.txt setup.py gram_engine/install/toolchain.py tools/make_venv.sh csrc/*; pwd; command -v g++ nvcc || true; } | sha256sum
 }
 
 if [ -x "$venv/bin/python" ]; then

@@ -15,8 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from gram_engine.install.gpu import compute_capabilities, installed, stop
+from gram_engine.install.gpu import installed, stop
 from gram_engine.install.pins import PYTHONS, ROOT, pins
+from gram_engine.install.toolchain import compute_capabilities
 
 WHEELS = Path(os.environ.get("WHEELS", ROOT / ".whl"))
 CARRIED = ("megatron-core", "tyro", "docstring-parser", "typeguard")

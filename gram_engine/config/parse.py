@@ -1,6 +1,7 @@
-"""From flags and YAML files to a configuration, and from an error to an exit.
+"""Reads flags and YAML files into a configuration, and ends a command with an error message.
 
-YAML is turned into flags placed before the user's own, so one parser (tyro) types and checks both, and the command line wins.
+A YAML file is turned into flags that are placed before the user's own: one parser (tyro) converts and checks both, and flags
+on the command line override the file.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ SECONDS_FOR_MAIN = 30
 
 
 def parse(argv: list[str], prog: str = "gram", defaults: tuple[str, ...] = (), schema: type = Config) -> Config:
-    """Configuration from flags; `--config FILE.yaml` (may repeat) fills in what the flags leave open.
+    """Configuration from flags; `--config FILE.yaml` (may repeat) gives values for flags that are not on the command line.
 
-    `schema` is the dataclass of sections to fill; a file's keys that only the trainer knows are then passed over, so that
-    one file can serve preprocessing and training.
+    `schema` is the dataclass of sections to fill.  Keys of a file that belong only to the trainer's Config are ignored for
+    another schema, so that preprocessing and training can share one file.
 
     Raises:
-        ConfigError: a YAML file is missing, or holds a key that is no flag.
-        SystemExit: tyro's usual exit after `--help` or a badly typed flag.
+        ConfigError: a YAML file is missing, or has a key that is not a flag.
+        SystemExit: tyro exits after `--help` and after an invalid flag.
     """
     files, flags = _split_config_files(list(argv))
     from_files = [flag for file in files for flag in _flags_from_yaml(Path(file), schema)]
@@ -81,7 +82,7 @@ def _flags_from_yaml(path: Path, schema: type) -> list[str]:
     content = read_yaml(path)
     content = {} if content is None else content
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds a {type(content).__name__}, not keys and values. Write `name: value`, one a line.")
+        raise ConfigError(f"{path}: holds a {type(content).__name__}, not keys and values. Write `name: value`, one per line.")
     sections = {section.name for section in dataclasses.fields(Config)}
     flags: list[str] = []
     for key, value in content.items():
@@ -101,12 +102,12 @@ def _flag(path: Path, key: str, value: Any, schema: type) -> list[str]:
         raise ConfigError(f"{path}: unknown key '{key}'." + (f" Did you mean '{close[0]}'?" if close else ""))
     entries = value if isinstance(value, list) else [value]
     if not all(isinstance(entry, _SCALARS) and not str(entry).startswith("--") for entry in entries):
-        raise ConfigError(f"{path}: '{key}' holds what no flag takes. Give a number, text, true or false, or a list of them.")
+        raise ConfigError(f"{path}: no flag accepts the value of '{key}'. Give a number, text, a boolean, or a list of them.")
     return flag_words(name, value)
 
 
 def flag_words(name: str, value: Any) -> list[str]:
-    """A field's name (or a flag's) and value as words of a command line."""
+    """The words of a command line that set a field (or flag) of this name to this value."""
     name, flag = name.replace("-", "_"), f"--{name.replace('_', '-')}"
     if isinstance(value, bool):
         return [flag, str(value)] if _is_optional_bool(name) else [flag if value else f"--no-{flag[2:]}"]
@@ -120,10 +121,10 @@ def _is_optional_bool(name: str) -> bool:
 
 
 def fail(error: GramError) -> NoReturn:
-    """End a command-line tool with an error a user can mend: its text once, no traceback, the error's exit status.
+    """End a command with a user error: its message without a traceback, and the error's exit status.
 
-    The main process says it.  A launcher ends all processes as soon as one has left, so the others give it time to; one that
-    is still there after that has an error of its own, and says it.
+    The main process prints it.  A launcher ends all processes as soon as one exits, so the others first wait for the main
+    process; one that still runs after SECONDS_FOR_MAIN has an error of its own, and prints it.
     """
     if not is_main_process():
         time.sleep(SECONDS_FOR_MAIN)

@@ -1,8 +1,8 @@
 """Typed configuration: dataclasses -> command line and YAML, with Megatron's flag names.
 
 One dataclass per concern; every field is a flag (``tensor_model_parallel_size`` is ``--tensor-model-parallel-size``) and a
-YAML key of the same name; command_line.py reads both.  Wrong combinations are refused in validation.py, before any process
-group starts.
+YAML key of the same name; parse.py reads both.  validate.py refuses combinations that cannot work before any process group
+starts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gram_engine.config.task import TASKS, ObjectiveName, Task
 from gram_engine.files import write_atomically
 from gram_engine.log import redact
 
-# Rows that FP8 matrix products take: a multiple of this.
+# FP8 matrix products need a number of rows that is a multiple of this, by --fp8-recipe.
 FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 
 
@@ -47,7 +47,7 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = 32
     """The embedding is padded to a multiple of this times the tensor-parallel size."""
     max_position_embeddings: Optional[int] = None
-    """Longest sequence the exported model announces; default: --seq-length."""
+    """max_position_embeddings of the exported config.json; default: --seq-length."""
     rotary_base: Optional[float] = None
     """Base of the rotary position embedding (Hugging Face: rope_theta); default: 10000."""
     rope_scaling_factor: Optional[float] = None
@@ -55,28 +55,28 @@ class ModelConfig:
     norm_epsilon: Optional[float] = None
     """Epsilon of RMSNorm; default: 1e-5."""
     untie_embeddings_and_output_weights: Optional[bool] = None
-    """Give the output layer a weight of its own; default: untied (LLaMA-3.2 1B and 3B are tied)."""
+    """Whether the output layer has its own weight; default: True (LLaMA-3.2 1B and 3B share the embedding's)."""
     qk_layernorm: Optional[bool] = None
-    """Norm queries and keys of each head, as Qwen3 does; default: off."""
+    """RMSNorm on the queries and keys of each head, as in Qwen3; default: off."""
     init_method_std: float = 0.02
     """Standard deviation of the random initialisation."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Layers: Transformer Engine where installed and a GPU is used, else local ones; or force one."""
+    """Which layers to use; auto: Transformer Engine's where it is installed and a GPU is used, else local ones."""
     lora_rank: Optional[int] = None
-    """Train adapters of this rank beside the frozen model (LoRA); unset: all weights are trained."""
+    """Freeze the model and train LoRA adapters of this rank; unset: all weights are trained."""
     lora_alpha: Optional[float] = None
-    """LoRA: what an adapter adds is scaled by alpha / rank; default: twice the rank."""
+    """LoRA: an adapter's output is scaled by alpha / rank; default: twice the rank."""
     lora_modules: tuple[Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], ...] = (
         "linear_qkv",
         "linear_proj",
         "linear_fc1",
         "linear_fc2",
     )
-    """LoRA: linear layers that get adapters: of attention (qkv, proj), of the MLP (fc1: gate and up, fc2: down)."""
+    """LoRA: linear layers with adapters, in attention (qkv, proj) and in the MLP (fc1: gate and up, fc2: down)."""
     load_hf: Optional[str] = None
     """Start from the weights, shape and (unless --tokenizer-model is given) tokenizer of this Hugging Face folder."""
     transformer_config: tuple[str, ...] = ()
-    """KEY=VALUE pairs handed to megatron-core's TransformerConfig as they are, e.g. attention_softmax_in_fp32=true."""
+    """KEY=VALUE pairs passed to megatron-core's TransformerConfig unchanged, e.g. attention_softmax_in_fp32=true."""
 
 
 @dataclass
@@ -88,11 +88,11 @@ class DataConfig:
     valid_data: tuple[str, ...] = ()
     """Validation files, read like --data, with both orders of every pair."""
     data_path: Optional[str] = None
-    """Prefix of preprocessed training data (tools/preprocess_data.py), instead of --data."""
+    """Prefix of preprocessed training data (from gram preprocess), instead of --data."""
     valid_data_path: Optional[str] = None
     """Prefix of preprocessed validation data, instead of --valid-data."""
     data_cache_path: str = "runs/data-cache"
-    """Where --data and --valid-data are preprocessed to; must be seen by every node."""
+    """Folder for the preprocessed --data and --valid-data, on a file system that all nodes share."""
     tokenizer_type: Literal["auto", "SentencePieceTokenizer", "HuggingFaceTokenizer"] = "auto"
     """Kind of tokenizer; auto: SentencePiece for a .model file, Hugging Face for a folder."""
     tokenizer_model: Optional[str] = None
@@ -105,51 +105,51 @@ class DataConfig:
     ties: Literal["half", "drop"] = "half"
     """Pairs without a winner: train towards 1/2, or drop them (stage 2 and bradley-terry)."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"
-    """Samples over --seq-length: shorten the responses (the longer first), drop the sample, or stop."""
+    """What to do with a sample longer than --seq-length: truncate its responses (the longer first), drop it, or stop."""
     skip_bad_rows: bool = False
     """Count bad rows and write them to PREFIX.rejects.jsonl instead of stopping at the first."""
     seq_length: int = 2048
-    """Most tokens in one sample; bradley-terry: in each of its two sequences."""
+    """Maximum tokens of one sample; bradley-terry: of each of its two sequences."""
     preprocess_workers: int = 1
     """Processes that tokenise --data."""
     prompt_key: Optional[str] = None
-    """Field that holds the prompt, where it is not one of the usual names."""
+    """Name of the field with the prompt; default: the usual names are tried."""
     chosen_key: Optional[str] = None
-    """Field that holds the preferred response, where it is not one of the usual names."""
+    """Name of the field with the preferred response; default: the usual names are tried."""
     rejected_key: Optional[str] = None
-    """Field that holds the other response, where it is not one of the usual names."""
+    """Name of the field with the other response; default: the usual names are tried."""
 
 
 @dataclass
 class ParallelConfig:
-    """How the model and the data are spread over processes (data parallel = processes / (TP x PP x CP))."""
+    """How the model and the data are divided over processes (data-parallel size = processes / (TP x PP x CP))."""
 
     tensor_model_parallel_size: int = 1
-    """TP: processes that share each layer."""
+    """TP: processes that each layer is split over."""
     pipeline_model_parallel_size: int = 1
     """PP: pipeline stages."""
     num_layers_per_virtual_pipeline_stage: Optional[int] = None
-    """Layers per virtual stage (interleaved schedule); unset: no virtual stages."""
+    """Layers per virtual pipeline stage (interleaved schedule); unset: no virtual stages."""
     decoder_first_pipeline_num_layers: Optional[int] = None
     """Layers of the first pipeline stage; unset: as many as the others."""
     decoder_last_pipeline_num_layers: Optional[int] = None
-    """Layers of the last pipeline stage; unset: as many as the others. The log's line on pipeline balance proposes one."""
+    """Layers of the last pipeline stage; unset: as many as the others. The log line on pipeline balance suggests a number."""
     context_parallel_size: int = 1
-    """CP: processes that share every sequence, for samples too long for one GPU."""
+    """CP: processes that every sequence is split over, for samples too long for one GPU."""
     sequence_parallel: bool = False
-    """Shard norms and residuals over the tensor-parallel processes (needs TP > 1)."""
+    """Split norms and residuals along the sequence over the tensor-parallel processes (needs TP > 1)."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state and main parameters over the data-parallel processes."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass runs."""
+    """Reduce gradients during the backward pass."""
     overlap_param_gather: bool = False
-    """Gather parameters while the forward pass runs (needs --use-distributed-optimizer and --overlap-grad-reduce)."""
+    """Gather parameters during the forward pass (needs --use-distributed-optimizer and --overlap-grad-reduce)."""
     tp_comm_overlap: bool = False
-    """Hide tensor-parallel communication behind matrix products (Transformer Engine; needs --sequence-parallel)."""
+    """Overlap tensor-parallel communication with matrix products (Transformer Engine; needs --sequence-parallel)."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to run; auto: CUDA where there is a GPU."""
+    """Device to run on; auto: CUDA if there is a GPU."""
     distributed_timeout_minutes: float = 30
-    """A collective that waits longer than this ends the run."""
+    """The run ends when a collective waits longer than this."""
 
     def dims(self, world_size: int) -> ParallelDims:
         """This layout over `world_size` processes."""
@@ -190,35 +190,35 @@ class TrainingConfig:
     micro_batch_size: int = 1
     """A micro-batch is one pack of at most micro-batch-size x seq-length tokens (bradley-terry: twice that)."""
     global_batch_size: int = 32
-    """Samples per step, over all processes; the loss is the mean over all labels of the step."""
+    """Samples per step, over all processes; the loss is the mean over the labels of the whole step."""
     train_samples: Optional[int] = None
     """Length of the run in samples. Give one of --train-samples, --train-iters, --train-epochs."""
     train_iters: Optional[int] = None
     """Length of the run in steps."""
     train_epochs: Optional[float] = None
-    """Length of the run in passes over the data."""
+    """Length of the run in epochs (passes over the data)."""
     exit_interval: Optional[int] = None
-    """Save and leave after this step, with the schedule of the whole run kept."""
+    """Save and exit after this step; the learning-rate schedule stays that of the whole run."""
     exit_duration_in_mins: Optional[float] = None
-    """Save and leave after so many minutes (of this process), with the schedule of the whole run kept."""
+    """Save and exit after this many minutes of this process; the learning-rate schedule stays that of the whole run."""
     check_for_nan: bool = False
-    """Stop at the first step whose loss or gradient is NaN or infinite; else such a step is skipped."""
+    """Stop at the first step whose loss or gradient is NaN or infinite; default: skip such a step."""
     max_skipped_steps: int = 5
-    """Stop after so many skipped steps in a row."""
+    """Stop after this many skipped steps in a row."""
     loss_spike_factor: float = 3.0
-    """Warn when a step's loss is over this times its recent mean; 0: never."""
+    """Warn when a step's loss exceeds this multiple of its recent mean; 0: never."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 main parameters and gradients."""
     fp8_format: Optional[Literal["e4m3", "hybrid"]] = None
-    """Matrix products of the layers in FP8 (Transformer Engine); hybrid: gradients in e5m2. Needs --bf16."""
+    """Compute the layers' matrix products in FP8 (Transformer Engine); hybrid: gradients in e5m2. Needs --bf16."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
-    """How FP8 tensors are scaled: by past maxima, by their own, by blocks (H100), by micro-blocks (B200)."""
+    """How FP8 tensors are scaled: by past maxima, by the current maximum, per block (H100), per micro-block (B200)."""
     fp8_param_gather: bool = False
-    """Keep the layers' weights in FP8 alone, beside fp32 main parameters (needs --use-distributed-optimizer)."""
+    """Keep the layers' weights only in FP8, next to fp32 main parameters (needs --use-distributed-optimizer)."""
     first_last_layers_bf16: bool = False
-    """FP8: leave the first and the last layer in BF16 (not with --fp8-recipe delayed)."""
+    """FP8: keep the first and the last layer in BF16 (not with --fp8-recipe delayed)."""
     deterministic_mode: bool = False
-    """Only kernels that give the same bits in every run; slower on a GPU."""
+    """Use only deterministic kernels, so that runs are bitwise reproducible; slower on a GPU."""
     lr: float = 1e-5
     """Peak learning rate."""
     min_lr: float = 0.0
@@ -226,9 +226,9 @@ class TrainingConfig:
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay, counted in samples."""
     lr_warmup_fraction: float = 0.1
-    """Part of the run that warms up linearly from 0."""
+    """Fraction of the run during which the learning rate rises linearly from 0."""
     weight_decay: float = 0.0
-    """Decoupled weight decay (not on norms)."""
+    """Decoupled weight decay; norms are not decayed."""
     adam_beta1: float = 0.9
     """Adam's decay of the first moment."""
     adam_beta2: float = 0.999
@@ -236,19 +236,19 @@ class TrainingConfig:
     adam_eps: float = 1e-8
     """Adam's epsilon."""
     clip_grad: float = 1.0
-    """Global gradient norm is clipped to this; 0: not clipped."""
+    """Clip the global gradient norm to this; 0: do not clip."""
     recompute_granularity: Optional[Literal["full", "selective"]] = None
-    """Recompute activations in the backward pass: whole layers, or the parts in --recompute-modules."""
+    """Recompute activations in the backward pass: of whole layers, or of the parts in --recompute-modules."""
     recompute_method: Literal["uniform", "block"] = "uniform"
-    """Full recompute: every layer, in groups of --recompute-num-layers, or only so many layers of each pipeline stage."""
+    """Full recompute. uniform: all layers, in groups of --recompute-num-layers; block: that many layers per pipeline stage."""
     recompute_num_layers: int = 1
     """Full recompute: see --recompute-method."""
     recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp"], ...] = ("core_attn",)
     """Selective recompute: parts of each layer."""
     logits_chunk_size: Optional[int] = None
-    """Stage 1: rows whose logits exist at one time; default: as many as fit in 128 MiB on a CPU, 1 GiB on a GPU."""
+    """Stage 1: rows whose logits are in memory at a time; default: as many as fit in 128 MiB on a CPU, 1 GiB on a GPU."""
     seed: int = 1234
-    """Seed of initialisation, pair order and shuffling."""
+    """Seed of the initialisation, the pair order and the shuffling."""
 
 
 @dataclass
@@ -258,31 +258,31 @@ class CheckpointConfig:
     save: Optional[str] = None
     """Folder for checkpoints (iter_0000100/ ...)."""
     save_interval: Optional[int] = None
-    """Save every so many steps; the last step is always saved."""
+    """Save every N-th step; the last step is always saved."""
     load: Optional[str] = None
-    """Resume from the newest checkpoint in this folder; starts afresh where it holds none."""
+    """Resume from the newest checkpoint in this folder; without one, training starts from the beginning."""
     pretrained_checkpoint: Optional[str] = None
-    """Start from the weights (only) of the newest checkpoint in this folder, e.g. stage 1's --save."""
+    """Start from only the weights of the newest checkpoint in this folder, e.g. stage 1's --save."""
     load_optim: bool = True
     """Restore the optimizer when resuming."""
     async_save: bool = False
     """Write checkpoints in the background."""
     keep_last: Optional[int] = None
-    """Keep only so many of the newest checkpoints; unset: all."""
+    """Keep only the N newest checkpoints; unset: all."""
     keep_every: Optional[int] = None
     """With --keep-last, also keep the checkpoints of steps that are multiples of this."""
     strict_load: bool = False
-    """Refuse a damaged checkpoint; else the one before it is used, with a warning."""
+    """Stop at a damaged checkpoint; default: use the one before it, with a warning."""
 
 
 @dataclass
 class LoggingConfig:
-    """What is reported, where, and how often."""
+    """What is logged, where and how often."""
 
     log_interval: int = 10
     """Steps between log lines."""
     eval_interval: Optional[int] = None
-    """Evaluate on the validation data every so many steps, and at the end."""
+    """Evaluate on the validation data every N-th step and at the end."""
     tensorboard_dir: Optional[str] = None
     """Write TensorBoard events here."""
     wandb_project: Optional[str] = None
@@ -294,7 +294,7 @@ class LoggingConfig:
     progress: bool = True
     """Show a progress bar when standard error is a terminal."""
     dry_run: bool = False
-    """Check and print the resolved configuration, then leave."""
+    """Check and print the resolved configuration, then exit."""
 
 
 @dataclass
@@ -324,7 +324,7 @@ class Config:
 
     @property
     def sequence_multiple(self) -> int:
-        """Every sample's tokens are padded to a multiple of this: context parallelism cuts it into 2 x CP chunks."""
+        """Every sample is padded to a multiple of this many tokens: context parallelism cuts it into 2 x CP chunks."""
         context = self.parallel.context_parallel_size
         return 1 if context == 1 else 2 * context
 
@@ -335,12 +335,12 @@ class Config:
 
     @property
     def pack_tokens(self) -> int:
-        """Most tokens of a micro-batch."""
+        """Maximum tokens of a micro-batch."""
         return self.training.micro_batch_size * self.task.sequences_per_sample * self.data.seq_length
 
     @property
     def pack_multiple(self) -> int:
-        """A pack's tokens are padded to a multiple of this, so that each process's share has a shape its kernels take."""
+        """A pack is padded to a multiple of this many tokens, so that each process's share has a shape its kernels take."""
         parallel, training = self.parallel, self.training
         if parallel.tp_comm_overlap:
             return self.pack_tokens  # its buffers have one size

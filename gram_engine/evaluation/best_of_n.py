@@ -66,7 +66,7 @@ class Candidates:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of tools/best_of_n.py and `gram best-of-n`."""
+    """Command line of `gram best-of-n`."""
     arguments = tyro.cli(BestOfNArguments, args=argv, prog="gram best-of-n")
     try:
         report = best_of_n(arguments)

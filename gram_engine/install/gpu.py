@@ -1,7 +1,7 @@
-"""Transformer Engine and flash-attn, compiled against the installed torch and for this machine's GPUs alone: `make gpu`.
+"""`make gpu`: compiles Transformer Engine and flash-attn against the installed torch, only for this machine's GPUs.
 
-Both take long to compile and their compilers' errors are hard to read, so everything that they need is looked at first.
-Only the standard library is imported, and torch is read, not imported: it may be the part that is wrong.
+Both take long to compile and fail with errors that are hard to read, so everything that they need is checked first.
+Only the standard library is imported; torch's version is read from its files, because torch may be the broken part.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import importlib.util
 import os
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,13 +20,14 @@ from typing import Iterator, NoReturn, Optional
 
 from gram_engine.errors import ConfigError
 from gram_engine.install.pins import ROOT, pins
+from gram_engine.install.toolchain import compute_capabilities, cuda_home, find_compiler, first_match
 
 PIP = f"{sys.executable} -m pip"
 REQUIREMENTS = "requirements-gpu.txt"
 CUDA_MAJOR = "13"
-"""That of transformer-engine's extra core_cu13."""
+"""Major version of CUDA that transformer-engine's extra core_cu13 is for."""
 FLASH_ATTENTION_MAJORS = ("8", "9", "10", "12")
-"""Compute capabilities that flash-attn 2.8.3 compiles for (80, 90, 100, 120; each runs on all of its major number)."""
+"""Major compute capabilities that flash-attn 2.8.3 compiles for, as 80, 90, 100 and 120, which run on all GPUs of the major."""
 HEADERS = {
     "cuda_runtime_api.h": "cuda-toolkit[cudart]",
     "cublas_v2.h": "cuda-toolkit[cublas]",
@@ -38,37 +38,37 @@ HEADERS = {
     "cudnn.h": "nvidia-cudnn-cu13",
     "nccl.h": "nvidia-nccl-cu13",
 }
-"""What the sources include, and the package that brings it where the CUDA toolkit does not."""
+"""Header that the sources include -> package that provides it if the CUDA toolkit does not."""
 CORE = ("transformer-engine-torch", f"transformer-engine-cu{CUDA_MAJOR}")
 PARTS = {
     "transformer-engine": ("transformer_engine.pytorch", CORE, 30),
     "flash-attn": ("flash_attn", (), 140),
 }
-"""Package -> (what is imported, packages that belong to it, minutes that one core needs to compile it)."""
+"""Package -> (module to import, packages that belong to it, minutes that one core needs to compile it)."""
 BUILD_TOOLS = ("setuptools", "wheel", "packaging", "psutil", "ninja", "pybind11")
 GIB_PER_JOB = 9
-"""Memory of one compiler with a margin: flash-attn's backward kernel for heads of 128 was seen to take 6."""
+"""Memory of one compiler process with a margin: flash-attn's backward kernel for heads of 128 was measured at 6 GiB."""
 CPP20 = "#include <concepts>\n#include <span>\ntemplate <std::integral T> T one(std::span<T> x) { return x[0]; }\n"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the builds depend on, as it was found; None or empty: not there."""
+    """The parts of this machine that the builds depend on; None or empty if missing."""
 
     capabilities: tuple[str, ...]
-    """Compute capabilities of the GPUs, such as "9.0", each once."""
+    """Distinct compute capabilities of the GPUs, such as "9.0"."""
     torch: Optional[str]
     """torch's version."""
     torch_cuda: Optional[str]
-    """The CUDA that torch was built for, such as "13.0"."""
+    """CUDA version that torch was built for, such as "13.0"."""
     nvidia: Optional[Path]
-    """The folder of NVIDIA's wheels, beside torch."""
+    """Folder nvidia/ of NVIDIA's wheels, next to torch."""
     cuda_home: Optional[Path]
-    """The CUDA toolkit, with bin/nvcc."""
+    """Folder of the CUDA toolkit, with bin/nvcc."""
     nvcc: Optional[str]
     """nvcc's version, such as "13.0"."""
     compiler: Optional[str]
-    """C++ compiler."""
+    """Path of the C++ compiler."""
 
     def folders(self, kind: str) -> list[Path]:
         """Folders of NVIDIA's wheels called `kind` (include, lib)."""
@@ -78,30 +78,31 @@ class Machine:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of tools/install_gpu.sh."""
     parser = argparse.ArgumentParser(prog="install_gpu", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="look at what the builds need, and build nothing")
+    parser.add_argument("--check", action="store_true", help="check what the builds need, without building")
     options = parser.parse_args(argv)
-    machine = look()
-    found = [line for check in CHECKS for line in check(machine)]
-    if found:
-        stop(*found)
+    machine = inspect_machine()
+    problems = [line for check in CHECKS for line in check(machine)]
+    if problems:
+        stop(*problems)
     missing = {name: version for name, version in pins(REQUIREMENTS).items() if installed(name) is None}
     if not missing:
         print("transformer-engine and flash-attn are installed and can be imported.")
         return
     added = environment(machine)
-    print(plan(machine, missing, int(added["MAX_JOBS"])), *(f"  {key}={value}" for key, value in added.items()), sep="\n")
+    print(announcement(machine, missing, int(added["MAX_JOBS"])))
+    print(*(f"  {key}={value}" for key, value in added.items()), sep="\n", flush=True)
     if not options.check:
         build({**os.environ, **added})
 
 
 def stop(*problems: str) -> NoReturn:
-    """End with what a user can mend, a line for each."""
+    """Print one line per problem and exit."""
     print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr, flush=True)
     raise SystemExit(ConfigError.exit_status)
 
 
-def look() -> Machine:
-    """This machine, and the Python that runs this."""
+def inspect_machine() -> Machine:
+    """This machine, and torch as the running Python has it."""
     torch = importlib.util.find_spec("torch")
     version = runpy.run_path(str(Path(torch.origin).parent / "version.py")) if torch else {}
     home = cuda_home()
@@ -111,28 +112,13 @@ def look() -> Machine:
         torch_cuda=version.get("cuda"),
         nvidia=Path(torch.origin).parents[1] / "nvidia" if torch else None,
         cuda_home=home,
-        nvcc=_first_match(r"release (\d+\.\d+)", [str(home / "bin" / "nvcc"), "--version"]) if home else None,
-        compiler=next(filter(None, map(shutil.which, filter(None, [os.environ.get("CXX"), "g++", "c++", "clang++"]))), None),
+        nvcc=first_match(r"release (\d+\.\d+)", [str(home / "bin" / "nvcc"), "--version"]) if home else None,
+        compiler=find_compiler(),
     )
 
 
-def compute_capabilities() -> tuple[str, ...]:
-    """Compute capabilities of this machine's GPUs, such as "9.0", each once; empty where nvidia-smi is missing or fails."""
-    text = _output(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
-    return tuple(sorted(set(re.findall(r"^\d+\.\d+$", text, re.MULTILINE))))
-
-
-def cuda_home() -> Optional[Path]:
-    """The toolkit of $CUDA_HOME, of the nvcc on the PATH, or in /usr/local/cuda; one with headers comes first, for an nvcc on
-    the PATH may be a script that lies elsewhere."""
-    on_path = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), Path(on_path).resolve().parents[1] if on_path else None, "/usr/local/cuda"]
-    found = [home for home in map(Path, filter(None, homes)) if os.access(home / "bin" / "nvcc", os.X_OK)]
-    return min(found, key=lambda home: not (home / "include" / "cuda_runtime.h").is_file(), default=None)
-
-
 def check_gpu(machine: Machine) -> Iterator[str]:
-    """A GPU that flash-attn knows."""
+    """There is a GPU, and flash-attn supports it."""
     if not machine.capabilities:
         yield "nvidia-smi finds no GPU here. Run this on the machine with the GPU, after its driver is installed."
     for capability in machine.capabilities:
@@ -145,7 +131,7 @@ def check_gpu(machine: Machine) -> Iterator[str]:
 
 
 def check_torch(machine: Machine) -> Iterator[str]:
-    """The pinned torch, in a build for CUDA."""
+    """torch is the pinned version, built for CUDA."""
     pin = pins("requirements.txt")["torch"]
     again = f"{PIP} uninstall -y torch && {PIP} install --index-url https://pypi.org/simple -r requirements.txt"
     if machine.torch is None:
@@ -160,12 +146,12 @@ def check_torch(machine: Machine) -> Iterator[str]:
 
 
 def check_nvcc(machine: Machine) -> Iterator[str]:
-    """nvcc of torch's CUDA: the same major number, and no older."""
+    """nvcc has the major version of torch's CUDA and is not older."""
     wanted = machine.torch_cuda or f"{CUDA_MAJOR}.0"
     package = "cuda-toolkit-" + wanted.replace(".", "-")
     install = f"apt-get install {package} (from NVIDIA's repository), then CUDA_HOME=/usr/local/cuda-{wanted} make gpu"
     if machine.nvcc is None:
-        yield f"no nvcc in $CUDA_HOME, on the PATH or in /usr/local/cuda; torch is built for CUDA {wanted}: {install}"
+        yield f"no nvcc in $CUDA_HOME (if not set: /usr/local/cuda) or on the PATH; torch is built for CUDA {wanted}: {install}"
     elif machine.nvcc.split(".")[0] != wanted.split(".")[0]:
         yield f"nvcc {machine.nvcc} in {machine.cuda_home} is of another major version than torch's CUDA {wanted}: {install}"
     elif _numbers(machine.nvcc) < _numbers(wanted):
@@ -173,7 +159,7 @@ def check_nvcc(machine: Machine) -> Iterator[str]:
 
 
 def check_headers(machine: Machine) -> Iterator[str]:
-    """Every header, in the toolkit or in NVIDIA's wheels (which come with torch's build for CUDA)."""
+    """Every header is in the toolkit or in NVIDIA's wheels (which torch's build for CUDA brings along)."""
     if machine.torch_cuda is None:
         return
     folders = [*([machine.cuda_home / "include"] if machine.cuda_home else []), *machine.folders("include")]
@@ -185,19 +171,19 @@ def check_headers(machine: Machine) -> Iterator[str]:
 
 
 def check_compiler(machine: Machine) -> Iterator[str]:
-    """A C++ compiler that knows C++20, as Transformer Engine's sources want."""
+    """There is a C++ compiler with C++20, which Transformer Engine's sources need."""
     if machine.compiler is None:
         yield "no C++ compiler (CXX, g++, c++, clang++): apt-get install g++"
         return
     command = [machine.compiler, "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
     if subprocess.run(command, input=CPP20, capture_output=True, text=True).returncode != 0:
-        version = _first_match(r"(\d+[\d.]*)", [machine.compiler, "-dumpfullversion"]) or "of unknown version"
+        version = first_match(r"(\d+[\d.]*)", [machine.compiler, "-dumpfullversion"]) or "of unknown version"
         install = "apt-get install g++-12, then CC=gcc-12 CXX=g++-12 make gpu"
         yield f"{machine.compiler} {version} does not compile C++20: {install}"
 
 
 def check_installed(_: Machine) -> Iterator[str]:
-    """What is already installed is the version for this Python's megatron-core, and can be imported."""
+    """Packages that are already installed have the versions for this Python's megatron-core and can be imported."""
     core = pins("requirements.txt")["megatron-core"]
     for name, wanted in pins(REQUIREMENTS).items():
         module, others, _ = PARTS[name]
@@ -217,7 +203,7 @@ CHECKS = (check_gpu, check_torch, check_nvcc, check_headers, check_compiler, che
 
 
 def installed(name: str) -> Optional[str]:
-    """Version of an installed package, or None."""
+    """Version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -225,11 +211,11 @@ def installed(name: str) -> Optional[str]:
 
 
 def environment(machine: Machine) -> dict[str, str]:
-    """What the builds read.
+    """Environment variables for the builds.
 
-    TORCH_CUDA_ARCH_LIST is not among it: flash-attn gives nvcc its own architectures, and Transformer Engine's part that is
-    compiled has no CUDA sources (its kernels come compiled, for every GPU; NVTE_CUDA_ARCHS decides on host code alone).
-    NCCL's expert parallelism stays off: no model here has experts, and it wants newer NCCL headers than older torch brings.
+    TORCH_CUDA_ARCH_LIST is not among them: flash-attn sets its own architectures, and the part of Transformer Engine that is
+    compiled here has no CUDA sources (its kernels come precompiled for every GPU; NVTE_CUDA_ARCHS only affects host code).
+    NCCL's expert parallelism stays off: no model here has experts, and it needs newer NCCL headers than torch provides.
     """
     majors = sorted({int(capability.split(".")[0]) for capability in machine.capabilities})
     architectures = ";".join(f"{major}0" for major in majors)
@@ -249,12 +235,12 @@ def environment(machine: Machine) -> dict[str, str]:
 
 
 def jobs(cores: int, gib: float) -> int:
-    """Compilers at a time, for so many cores and so much memory."""
+    """Number of compiler processes that fit on `cores` cores and into `gib` GiB of memory."""
     return max(1, min(cores, int(gib / GIB_PER_JOB)))
 
 
 def available_gib(root: Path = Path("/")) -> float:
-    """Memory that is free, in GiB; in a container no more than its limit."""
+    """Available memory in GiB, at most the container's limit."""
     match = re.search(r"MemAvailable: +(\d+) kB", (root / "proc/meminfo").read_text())
     found = int(match[1]) / 2**20
     limit = root / "sys/fs/cgroup/memory.max"
@@ -262,8 +248,8 @@ def available_gib(root: Path = Path("/")) -> float:
     return min(found, int(text) / 2**30) if text.isdigit() else found
 
 
-def plan(machine: Machine, missing: dict[str, str], at_a_time: int) -> str:
-    """What will be built, and about how long it takes."""
+def announcement(machine: Machine, missing: dict[str, str], at_a_time: int) -> str:
+    """What will be built, and roughly how long it takes."""
     minutes = sum(PARTS[name][2] for name in missing) / at_a_time
     names = " and ".join(f"{name} {version}" for name, version in missing.items())
     return (
@@ -273,7 +259,7 @@ def plan(machine: Machine, missing: dict[str, str], at_a_time: int) -> str:
 
 
 def build(variables: dict[str, str]) -> None:
-    """Compile and install both. Wheels that pip has kept from earlier builds are not used: they may belong to another torch."""
+    """Compile and install both. pip's cached wheels of earlier builds are not used: they may be for another torch."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--constraint", "requirements.txt"]
     for arguments in (BUILD_TOOLS, ["--no-build-isolation", "--no-cache-dir", "-r", REQUIREMENTS]):
         done = subprocess.run([*pip, *arguments], cwd=ROOT, env=variables)
@@ -285,7 +271,7 @@ def build(variables: dict[str, str]) -> None:
 
 
 def _version_for_torch(package: str) -> str:
-    """The package with the version that the installed torch asks for, where its metadata names one."""
+    """`package` pinned to the version that the installed torch requires, if torch's metadata names one."""
     name = package.split("[")[0]
     for requirement in (importlib.metadata.requires("torch") or []) if installed("torch") else []:
         if match := re.match(rf"{name}(?:\[[\w,]+\])?==([\w.]+)", requirement):
@@ -303,18 +289,6 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _joined(folders: list[Path], variable: str) -> str:
     return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get(variable)])])
-
-
-def _first_match(pattern: str, command: list[str]) -> Optional[str]:
-    match = re.search(pattern, _output(command))
-    return match[1] if match else None
-
-
-def _output(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout
-    except OSError:
-        return ""
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The versions that requirements*.txt pin for one Python.
+"""The versions that requirements*.txt pin for one version of Python.
 
-Only the standard library is imported: what uses this says what is missing before anything is installed.
+Only the standard library is imported: this runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHONS = ((3, 11), (3, 12), (3, 13))
-"""Versions of Python that have pins; tools/make_venv.sh and setup.py say the same."""
+"""Supported versions of Python, as in tools/make_venv.sh and setup.py."""
 LINE = re.compile(r'([\w-]+)(?:\[[\w,]+\])?==([\w.]+)(?:; *python_version (<|>=) "3\.(\d+)")?')
 
 
 def pins(file: str, python: tuple[int, int] = sys.version_info[:2]) -> dict[str, str]:
-    """Package -> version in a requirements file of the checkout, for a Python as (major, minor).
+    """Package -> version in a requirements file of the checkout, for a Python version (major, minor).
 
-    Of the markers only that of python_version counts; other ones (the platform) are taken to hold.
+    Of the markers only python_version is evaluated; others, such as the platform, are taken to hold.
     """
     found = {}
     for line in (ROOT / file).read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""Shapes by name and from a Hugging Face folder, and back to a Hugging Face config. Field names are ModelConfig's."""
+"""Model shapes: presets, and conversion from and to a Hugging Face config.json. Field names are ModelConfig's."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _qwen_3(*shape, **more) -> dict:
     return _shape(*shape, max_position_embeddings=40960, **more)
 
 
-# tiny and small are trained from scratch: vocabulary and length are the data's.
+# tiny and small are trained from scratch: vocabulary size and sequence length come from the data.
 PRESETS: dict[str, dict] = {
     "tiny": _shape(2, 64, 192, 4, 2, base=10000.0),
     "tiny-tied": _shape(2, 64, 192, 4, 2, base=10000.0, tied=True),
@@ -50,15 +50,15 @@ PRESETS: dict[str, dict] = {
     "qwen3-14b": _qwen_3(40, 5120, 17408, 40, 8),
 }
 
-# What LLaMA 3.1's scaling (model/rotary.py) is made for; megatron-core has the same built in.
+# The other parameters of LLaMA 3.1's rotary scaling (model/rotary.py); megatron-core has the same constants.
 ROPE_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def resolve_shape(config: Config) -> None:
-    """Fill the model's open fields from --load-hf or --model, then from defaults; flags given by hand win over a preset.
+    """Fill the model's unset fields from --load-hf or --model, then from defaults; explicit flags override a preset.
 
     Raises:
-        ConfigError: a field is still open, or a flag contradicts the Hugging Face folder.
+        ConfigError: a required field is still unset, or a flag contradicts the Hugging Face folder.
     """
     model = config.model
     if model.load_hf:
@@ -100,7 +100,8 @@ def shape_from_hf(folder: str | Path) -> dict:
     """ModelConfig fields from `folder`/config.json.
 
     Raises:
-        ConfigError: no such folder, another architecture than LLaMA and Qwen3, or a feature the engine does not have.
+        ConfigError: there is no such folder, its architecture is neither LLaMA nor Qwen3, or it needs a feature that the engine
+            does not have.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -111,7 +112,7 @@ def shape_from_hf(folder: str | Path) -> dict:
         raise ConfigError(f"{path}: model_type is {_shown(kind)}; the engine reads 'llama' and 'qwen3'.")
     if missing := [key for key in _REQUIRED if hf.get(key) is None]:
         raise ConfigError(f"{path}: {', '.join(missing)} missing. Use the config.json that belongs to the weights.")
-    for key, wanted in _ONLY.items():
+    for key, wanted in _SUPPORTED.items():
         if hf.get(key, wanted) != wanted:
             raise ConfigError(f"{path}: {key} is {_shown(hf[key])}; the engine has only {wanted!r}.")
     base, factor = _rope(hf, path)
@@ -131,7 +132,7 @@ def shape_from_hf(folder: str | Path) -> dict:
         vocab_size=_size(hf, "vocab_size", path),
         rotary_base=base,
         rope_scaling_factor=factor,
-        # As LlamaConfig fills them in where they are absent.
+        # LlamaConfig's defaults.
         norm_epsilon=_number(hf, "rms_norm_eps", path, 1e-6),
         max_position_embeddings=_size(hf, "max_position_embeddings", path, 2048),
         untie_embeddings_and_output_weights=not hf.get("tie_word_embeddings", False),
@@ -140,11 +141,11 @@ def shape_from_hf(folder: str | Path) -> dict:
 
 
 MOST_LAYERS = 10_000
-"""Names of all tensors are listed before the files are looked at."""
+"""Limit for a damaged config.json: the names of all tensors are listed before any file is opened."""
 
 
 def _size(content: dict, name: str, path: Path, default: int | None = None) -> int:
-    """A positive whole number; the default where the field is absent or null."""
+    """A positive integer; the default if the field is absent or null."""
     value = content.get(name)
     value = default if value is None else value
     if type(value) is not int or not 0 < value < 1 << 31:
@@ -153,7 +154,7 @@ def _size(content: dict, name: str, path: Path, default: int | None = None) -> i
 
 
 def _number(content: dict, name: str, path: Path, default: float | None = None) -> float:
-    """A positive number; the default where the field is absent or null."""
+    """A positive number; the default if the field is absent or null."""
     value = content.get(name)
     value = default if value is None else value
     if type(value) not in (int, float) or not 0 < value < 1e30:
@@ -172,7 +173,7 @@ _REQUIRED = (
     "num_attention_heads",
     "vocab_size",
 )
-_ONLY = {
+_SUPPORTED = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -182,14 +183,14 @@ _ONLY = {
 
 
 def _rope(hf: dict, path: Path) -> tuple[float, float | None]:
-    """(base, LLaMA-3.1 scaling factor or None): transformers >= 5 keeps both in `rope_parameters`."""
+    """(base, LLaMA-3.1 scaling factor or None); transformers >= 5 keeps both in `rope_parameters`."""
     parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(parameters, dict):
         raise ConfigError(f"{path}: rope_parameters is of type {type(parameters).__name__}, not an object. Download it again.")
     base = _number(parameters, "rope_theta", path, _number(hf, "rope_theta", path, 10000.0))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"{path}: partial_rotary_factor is not 1; the engine turns whole heads.")
+        raise ConfigError(f"{path}: partial_rotary_factor is not 1; the engine rotates whole heads.")
     if kind == "default":
         return base, None
     if kind != "llama3":
@@ -201,7 +202,7 @@ def _rope(hf: dict, path: Path) -> tuple[float, float | None]:
 
 
 def hf_config(model: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None) -> dict:
-    """config.json of a resolved model (LlamaForCausalLM or Qwen3ForCausalLM); `dtype` as torch names it: "bfloat16"."""
+    """config.json of a resolved model (LlamaForCausalLM or Qwen3ForCausalLM); `dtype` is torch's name, such as "bfloat16"."""
     rope = {"rope_type": "default", "rope_theta": model.rotary_base}
     scaling = None
     if model.rope_scaling_factor is not None:
@@ -220,7 +221,7 @@ def hf_config(model: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | 
         "rms_norm_eps": model.norm_epsilon,
         "max_position_embeddings": model.max_position_embeddings,
         "rope_parameters": rope,
-        # The same for readers that do not know `rope_parameters` (transformers 4).
+        # The same for transformers 4, which does not know `rope_parameters`.
         "rope_theta": model.rotary_base,
         "rope_scaling": scaling,
         "hidden_act": "silu",

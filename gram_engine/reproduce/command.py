@@ -42,7 +42,7 @@ class ReproduceArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of tools/reproduce.py and `gram reproduce`."""
+    """Command line of `gram reproduce`."""
     words = sys.argv[1:] if argv is None else argv
     arguments = tyro.cli(ReproduceArguments, args=words, prog="gram reproduce")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running commands are stopped too
