@@ -1,16 +1,12 @@
 """Flags, YAML, and the refusal of combinations that cannot work."""
 
-from pathlib import Path
-
 import pytest
 
+from gram_engine.config.parallel_dims import layers_by_stage
 from gram_engine.config.parse import load_yaml, parse
 from gram_engine.config.validate import check
 from gram_engine.errors import ConfigError
 from gram_engine.model.shapes import resolve_shape
-
-FOLDER = Path(__file__).parents[1] / "examples" / "configs"
-CONFIGS = [path for path in sorted(FOLDER.glob("*.yaml")) if not path.stem.endswith("template")]
 
 
 @pytest.fixture
@@ -23,16 +19,15 @@ def flags(tmp_path):
     return [*shape.split(), *files, "--train-iters", "10"]
 
 
-def resolved(flags, world_size, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+def resolved(flags, world_size=1):
     config = parse(flags)
     resolve_shape(config)
-    check(config)
+    check(config, world_size)
     return config
 
 
-def test_good_configuration_passes_and_fills_defaults(flags, monkeypatch):
-    config = resolved(flags, 1, monkeypatch)
+def test_good_configuration_passes_and_fills_defaults(flags):
+    config = resolved(flags)
     assert (config.model.kv_channels, config.model.norm_epsilon) == (8, 1e-5)
     assert config.model.untie_embeddings_and_output_weights is True
 
@@ -46,6 +41,8 @@ def test_good_configuration_passes_and_fills_defaults(flags, monkeypatch):
         ("--tensor-model-parallel-size 2", 3, "3 processes cannot form TP 2 x PP 1.*--nproc-per-node 2"),
         ("--num-layers-per-virtual-pipeline-stage 1", 1, "needs --pipeline-model-parallel-size of at least 2"),
         ("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2", 2, "at least two virtual stages"),
+        ("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 0", 2, "at least two virtual stages"),
+        ("--tensor-model-parallel-size 0", 1, "TP 0, PP 1 and CP 1 must be at least 1"),
         ("--sequence-parallel", 1, "needs --tensor-model-parallel-size above 1"),
         ("--overlap-param-gather", 1, "add --use-distributed-optimizer"),
         ("--use-distributed-optimizer --overlap-param-gather", 1, "together with --overlap-grad-reduce"),
@@ -92,13 +89,33 @@ def test_good_configuration_passes_and_fills_defaults(flags, monkeypatch):
         ),
     ],
 )
-def test_wrong_combinations_are_refused_with_a_remedy(flags, extra, world_size, message, monkeypatch):
+def test_wrong_combinations_are_refused_with_a_remedy(flags, extra, world_size, message):
     with pytest.raises(ConfigError, match=message):
-        resolved([*flags, *extra.split()], world_size, monkeypatch)
+        resolved([*flags, *extra.split()], world_size)
 
 
-def test_lora_modules_are_known_ones_and_alpha_is_twice_the_rank(flags, monkeypatch, capsys):
-    config = resolved([*flags, "--lora-rank", "4", "--lora-modules", "linear_fc1", "linear_qkv"], 1, monkeypatch)
+@pytest.mark.parametrize(
+    "layers, stages, first, last, spread",
+    [
+        (8, 1, None, None, [8]),
+        (8, 4, None, None, [2, 2, 2, 2]),
+        (9, 4, None, None, None),
+        (9, 3, None, 1, [4, 4, 1]),
+        (10, 4, 3, 3, [3, 2, 2, 3]),
+        (10, 2, 4, 6, [4, 6]),
+        (10, 2, 4, 5, None),
+        (8, 3, 3, 4, [3, 1, 4]),
+        (8, 3, 4, 4, None),
+        (8, 2, 0, None, None),
+        (4, 3, None, 10, None),
+    ],
+)
+def test_layers_are_spread_over_pipeline_stages(layers, stages, first, last, spread):
+    assert layers_by_stage(layers, stages, first, last) == spread
+
+
+def test_lora_modules_are_known_ones_and_alpha_is_twice_the_rank(flags, capsys):
+    config = resolved([*flags, "--lora-rank", "4", "--lora-modules", "linear_fc1", "linear_qkv"])
     assert (config.model.lora_alpha, config.model.lora_modules) == (8, ("linear_qkv", "linear_fc1"))
     with pytest.raises(SystemExit):
         parse([*flags, "--lora-rank", "4", "--lora-modules", "q_proj"])
@@ -106,17 +123,17 @@ def test_lora_modules_are_known_ones_and_alpha_is_twice_the_rank(flags, monkeypa
     assert "q_proj" in message and "linear_proj" in message
 
 
-def test_missing_data_file_is_named(flags, monkeypatch):
+def test_missing_data_file_is_named(flags):
     with pytest.raises(ConfigError, match="nowhere.jsonl: no such file"):
-        resolved([*flags, "--valid-data", "nowhere.jsonl"], 1, monkeypatch)
+        resolved([*flags, "--valid-data", "nowhere.jsonl"])
 
 
-def test_unknown_preset_lists_the_known(flags, monkeypatch):
+def test_unknown_preset_lists_the_known(flags):
     with pytest.raises(ConfigError, match="unknown preset. Choose one of: .*llama-3.1-8b"):
-        resolved([*flags, "--model", "llama-9"], 1, monkeypatch)
+        resolved([*flags, "--model", "llama-9"])
 
 
-def test_yaml_is_overridden_by_flags_and_survives_a_round_trip(flags, tmp_path, monkeypatch):
+def test_yaml_is_overridden_by_flags_and_survives_a_round_trip(flags, tmp_path):
     (tmp_path / "a.yaml").write_text("parallel:\n  sequence_parallel: true\nlr: 3.0e-4\nbf16: true\ntrain-iters: 7\n")
     config = parse(["--config", str(tmp_path / "a.yaml"), *flags, "--lr", "1e-3"])
     assert config.parallel.sequence_parallel and config.training.bf16
@@ -136,10 +153,3 @@ def test_badly_typed_flag_is_refused(capsys):
     with pytest.raises(SystemExit):
         parse(["--num-layers", "many"])
     assert "num-layers" in "".join(capsys.readouterr())
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_example_configurations_parse(path):
-    config = parse(["--config", str(path)], defaults=("--model", "tiny"))  # a stage's file leaves the model open
-    resolve_shape(config)
-    assert config.model.num_layers > 0

@@ -42,36 +42,52 @@ def preset(name: str, **training) -> Config:
     return config
 
 
-def parameters_of_a_process(flags: str) -> int:
+MODELS = tuple(
+    f"--objective {objective} {extra}"
+    for objective, special in (
+        ("response-lm", "--lora-rank 4"),
+        ("pair-preference", "--lora-rank 4"),
+        ("bradley-terry", "--sft-loss-weight 0.1"),
+    )
+    for extra in ("", "--qk-layernorm True", special)
+)
+
+
+def parameter_differences(layout: str, models: tuple[str, ...]) -> dict[str, int]:
+    """Each model's parameters on this process, minus the planner's count; models with the same are left out."""
     from megatron.core import parallel_state
 
     from gram_engine.model.build import build_model
     from gram_engine.platform import device as platform
     from gram_engine.training.initialise import start_model_parallel
 
-    config = configured(flags)
-    start_model_parallel(config)
-    chunks = build_model(config, platform.initialise("cpu"))
-    built = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
-    return built - parameter_count(config, parallel_state.get_pipeline_model_parallel_rank())
+    start_model_parallel(configured(layout))
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    found = {}
+    for model in models:
+        config = configured(f"{layout} {model}")
+        chunks = build_model(config, platform.initialise("cpu"))
+        built = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+        found[model] = built - parameter_count(config, stage)
+    return {model: difference for model, difference in found.items() if difference}
 
 
 @pytest.mark.parametrize("layout", PARALLEL)
-@pytest.mark.parametrize("objective", ["response-lm", "pair-preference", "bradley-terry"])
-def test_parameters_are_those_of_the_model(pool, layout, objective):
+def test_parameters_are_those_of_the_model(pool, layout):
     processes, given = PARALLEL[layout]
-    for extra in ("", " --qk-layernorm True", " --sft-loss-weight 0.1" if objective == "bradley-terry" else " --lora-rank 4"):
-        assert pool.run(parameters_of_a_process, processes, f"{given} --objective {objective}{extra}") == [0] * processes
+    assert pool.run(parameter_differences, processes, given, MODELS) == [{}] * processes
 
 
-def kept_of_a_layer(flags: str, lengths: list[int]) -> tuple[float, float]:
-    """(bytes that autograd keeps of one layer: models of three and of two layers differ by it; what the planner says)."""
+def layer_activations(layout: str, models: tuple[str, ...], lengths: list[int]) -> list[tuple[float, float]]:
+    """Of each model: (bytes that autograd keeps of one layer, by which three layers differ from two; the planner's count)."""
     from gram_engine.training.initialise import start_model_parallel
 
-    config = configured(flags)
-    start_model_parallel(config)
-    measured = saved_bytes(f"{flags} --num-layers 3", lengths) - saved_bytes(f"{flags} --num-layers 2", lengths)
-    return measured, layer_bytes(config, sum(lengths), CPU)
+    start_model_parallel(configured(layout))
+    found = []
+    for given in (f"{layout} {model}" for model in models):
+        measured = saved_bytes(f"{given} --num-layers 3", lengths) - saved_bytes(f"{given} --num-layers 2", lengths)
+        found.append((measured, layer_bytes(configured(given), sum(lengths), CPU)))
+    return found
 
 
 def saved_bytes(flags: str, lengths: list[int]) -> int:
@@ -104,19 +120,16 @@ def saved_bytes(flags: str, lengths: list[int]) -> int:
 
 
 @pytest.mark.parametrize(
-    "processes, flags",
+    "processes, layout, models",
     [
-        (1, ""),
-        (1, "--bf16"),
-        (1, "--lora-rank 4"),
-        (1, "--lora-rank 4 --bf16"),
-        (1, "--qk-layernorm True"),
-        (2, "--tensor-model-parallel-size 2 --sequence-parallel --bf16"),
+        (1, "", ("", "--bf16", "--lora-rank 4", "--lora-rank 4 --bf16", "--qk-layernorm True")),
+        (2, "--tensor-model-parallel-size 2 --sequence-parallel", ("--bf16",)),
     ],
 )
-def test_activations_are_what_autograd_keeps(pool, processes, flags):
-    for measured, counted in pool.run(kept_of_a_layer, processes, flags, [40, 24]):
-        assert counted == pytest.approx(measured, rel=2e-3)
+def test_activations_are_what_autograd_keeps(pool, processes, layout, models):
+    for of_a_process in pool.run(layer_activations, processes, layout, models, [40, 24]):
+        for measured, counted in of_a_process:
+            assert counted == pytest.approx(measured, rel=2e-3)
 
 
 def test_schedule_has_megatrons_passes_in_flight():
@@ -130,16 +143,21 @@ def test_schedule_has_megatrons_passes_in_flight():
 
     assert [most_in_flight(4, stage, 1, 16) for stage in range(4)] == [4, 3, 2, 1]
     assert most_in_flight(8, 0, 5, 64) == 2 * 7 + 4 * 8 + 1
-    assert most_in_flight(4, 0, 1, 2) == 2  # no more than there are
+    assert most_in_flight(4, 0, 1, 2) == 2  # at most as many as there are micro-batches
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_published_layouts_fit(run):
     plan = as_published(run)
     assert plan.fits, plan.reason
-    assert plan.memory.total > 0.7 * 80 * GIB  # nor are they far from full: they were chosen to use the memory
-    assert 0.6 < plan.tokens_per_gpu_second / run.tokens_per_gpu_second < 1.2
+    assert plan.memory.total > 0.75 * 80 * GIB  # their authors chose them to use the memory
     assert as_this_engine(run, recompute="full").fits
+
+
+def test_the_error_that_the_report_states_is_that_of_the_published_runs():
+    """The estimate hides no tensor-parallel communication behind computation, so it is below every published speed."""
+    below = [round(100 * (1 - as_published(run).tokens_per_gpu_second / run.tokens_per_gpu_second)) for run in RUNS]
+    assert f"tokens/s {min(below)} % to {max(below)} % below published" in command.ERROR
 
 
 def test_8b_with_adam_does_not_fit_on_one_gpu():
@@ -210,14 +228,16 @@ def test_command_prints_writes_and_refuses(tmp_path, capsys):
     plans = json.loads(output.read_text())
     assert plans and all(plan["fits"] and plan["memory_bytes"]["total"] > 0 for plan in plans)
     for wrong, said in (
-        (["--layout", "tp=3"], "8 GPUs are no multiple of TP 3"),
-        (["--layout", "pp=3"], "no multiple"),
-        (["--layout", "tp=8"], "TP 8 does not divide the 4 attention heads"),
+        (["--layout", "tp=3"], "8 processes cannot form TP 3"),
+        (["--layout", "pp=3"], "multiple of 3"),
+        (["--layout", "pp=2 vpp=3"], "PP 2 x VPP 3 does not divide the 4 layers"),
+        (["--layout", "vpp=2"], "needs --pipeline-model-parallel-size of at least 2"),
+        (["--layout", "tp=8"], "--tensor-model-parallel-size 8 does not divide the 4 attention heads"),
         (["--layout", "zp=8"], "unknown size 'zp'"),
         (["--layout", "mbs=0"], "mbs=0 is not a positive number"),
-        (["--global-batch-size", "4", "--layout", "tp=1"], "less than a sample each"),
+        (["--global-batch-size", "4", "--layout", "tp=1"], "less than one sample for each of the 8"),
         (["--sample-tokens", "900"], "more than the 512 that --seq-length allows"),
-        (["--sample-tokens", "900", "--objective", "bradley-terry", "--layout", "cp=2"], "bradley-terry has no CP"),
+        (["--sample-tokens", "900", "--objective", "bradley-terry", "--layout", "cp=2"], "which --context-parallel-size 2 would"),
         (["--gpus", "0"], "--gpus 0 must be positive"),
     ):
         with pytest.raises(SystemExit) as stopped:

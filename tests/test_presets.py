@@ -1,7 +1,6 @@
 """Presets against the published models' sizes, and Hugging Face configurations in both directions."""
 
 import json
-import math
 
 import pytest
 
@@ -34,8 +33,17 @@ def resolved(preset):
 
 
 @pytest.mark.parametrize("preset", PARAMETERS)
-def test_preset_has_the_published_number_of_parameters(preset):
-    assert sum(math.prod(shape) for shape in hf_shapes(resolved(preset)).values()) == PARAMETERS[preset]
+def test_presets_are_the_published_models(preset, tmp_path):
+    """transformers, given the preset's config.json, makes the same tensors, and as many parameters as were published."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = resolved(preset)
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(model, "bfloat16", 1, 2)))
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert {name: tuple(weight.shape) for name, weight in theirs.named_parameters()} == hf_shapes(model)
+    assert sum(weight.numel() for weight in theirs.parameters()) == PARAMETERS[preset]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
