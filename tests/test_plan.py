@@ -237,7 +237,7 @@ def test_command_prints_writes_and_refuses(tmp_path, capsys):
         (["--layout", "mbs=0"], "mbs=0 is not a positive number"),
         (["--global-batch-size", "4", "--layout", "tp=1"], "less than one sample for each of the 8"),
         (["--sample-tokens", "900"], "more than the 512 that --seq-length allows"),
-        (["--sample-tokens", "900", "--objective", "bradley-terry", "--layout", "cp=2"], "which --context-parallel-size 2 would"),
+        (["--sample-tokens", "900", "--objective", "bradley-terry", "--layout", "cp=2"], "--context-parallel-size 2 would"),
         (["--gpus", "0"], "--gpus 0 must be positive"),
     ):
         with pytest.raises(SystemExit) as stopped:
