@@ -18,7 +18,7 @@ COMMANDS = {
     "reproduce": ("gram_engine.reproduce.command:main", "the paper's comparison from a recipe, with a report"),
     "plan": ("gram_engine.planning.command:main", "parallel layouts of a model: memory, speed, the flags of the best"),
     "train-tokenizer": ("gram_engine.data.train_tokenizer:main", "train a SentencePiece tokenizer on preference files"),
-    "benchmark": ("gram_engine.benchmarks.command:main", "measure time and memory; gram benchmark --help lists what"),
+    "benchmark": ("gram_engine.benchmarks.command:main", "time and memory of training, losses, scoring or conversion"),
     "demo-data": ("gram_engine.data.demo:main", "make the demonstration preference data"),
 }
 

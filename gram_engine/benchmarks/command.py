@@ -54,7 +54,7 @@ def _options(benchmark: type, prog: str, arguments: list[str]):
 
 @dataclass(kw_only=True)
 class Options:
-    """Of every benchmark."""
+    """Options of every benchmark."""
 
     json: Optional[str] = None
     """Also write the results to this file."""
@@ -62,7 +62,7 @@ class Options:
 
 @dataclass(kw_only=True)
 class CallOptions(Options):
-    """Of benchmarks that time calls of a function."""
+    """Options of benchmarks that time calls of a function."""
 
     repeats: int = 3
     """Timed calls; the median is reported."""
@@ -72,7 +72,7 @@ class CallOptions(Options):
 
 @dataclass(kw_only=True)
 class StepOptions(Options):
-    """Of benchmarks that time training steps."""
+    """Options of benchmarks that time training steps."""
 
     steps: int = 3
     """Timed training steps; the median is reported."""
@@ -82,7 +82,7 @@ class StepOptions(Options):
 
 @dataclass(kw_only=True)
 class TrainerOptions(Options):
-    """Of benchmarks that also take the flags of `gram finetune`, which they pass on to the trainer."""
+    """Options of benchmarks that also take the flags of `gram finetune`, which they pass on to the trainer."""
 
     stage: Literal["1", "2"] = "2"
     """1: learn to generate both responses. 2: learn to predict the label."""
