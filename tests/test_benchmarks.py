@@ -167,11 +167,10 @@ def test_saving_in_the_background_is_measured(tmp_path):
     assert rows[1]["figures"]["checkpoint_bytes"] > 12 * 600 * rows[1]["shape"]["hidden"]
 
 
-@pytest.mark.parametrize("stage", short_first([planned_memory.STAGE_2], [planned_memory.STAGE_1, planned_memory.STAGE_2]))
-def test_planned_memory_is_compared_with_two_processes(stage):
-    """Two tensor-parallel processes; the layouts of the benchmark itself are larger, and predicted within 3 %."""
+def test_planned_memory_is_compared_with_two_processes():
+    """The layouts of the benchmark itself are larger than this one, and predicted within 3 %."""
     flags = "--tensor-model-parallel-size 2 --sequence-parallel --num-layers 2 --hidden-size 128 --ffn-hidden-size 256"
-    rows = planned_memory.compare(planned_memory.Case("small", 2, stage + flags))
+    rows = planned_memory.compare(planned_memory.Case("small", 2, planned_memory.STAGE_1 + flags))
     assert [row.process for row in rows] == [0, 1]
     assert all(abs(row.error) < 0.1 for row in rows), rows
 
