@@ -16,7 +16,7 @@ import torch
 
 from gram_engine.benchmarks.command import Options
 from gram_engine.benchmarks.measure import describe, in_new_processes
-from gram_engine.benchmarks.results import Row, add_ratios, table, write_json
+from gram_engine.benchmarks.results import Row, add_ratios, table, write_rows
 from gram_engine.benchmarks.workload import model_of, write_random_folder
 from gram_engine.config.schema import ModelConfig
 from gram_engine.data.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ class Conversion(Options):
         with tempfile.TemporaryDirectory(dir=self.work_dir) as folder:
             rows = self._rows(Path(folder))
         log(table(rows))
-        write_json(self.json, rows)
+        write_rows(self.json, rows)
 
     def _rows(self, folder: Path) -> list[Row]:
         """The copy and both directions.

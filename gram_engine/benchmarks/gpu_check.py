@@ -30,7 +30,7 @@ from gram_engine.benchmarks.offline import differences
 from gram_engine.benchmarks.results import RESULTS, versions, write_page, write_page_of
 from gram_engine.config.parse import fail
 from gram_engine.errors import ConfigError, GramError
-from gram_engine.files import write_atomically
+from gram_engine.files import write_json
 
 ROOT = Path(__file__).parents[2]
 KERNEL_TESTS = ("tests/test_pair_loss.py", "tests/test_kernels_cross_entropy.py", "tests/test_linear_cross_entropy.py")
@@ -131,7 +131,8 @@ def run(options: Check) -> Path:
     for step in steps(options, importlib.util.find_spec("transformer_engine") is not None):
         left = 60 * options.minutes - (time.perf_counter() - started)
         add(content, step, left, options)
-        _write(path, content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
     return path
 
 
@@ -219,12 +220,6 @@ def _driver() -> str:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(path) as handle:
-        json.dump(content, handle, indent=1)
 
 
 if __name__ == "__main__":

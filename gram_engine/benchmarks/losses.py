@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gram_engine.benchmarks.command import CallOptions
 from gram_engine.benchmarks.measure import describe, measure
-from gram_engine.benchmarks.results import Row, add_ratios, table, write_json
+from gram_engine.benchmarks.results import Row, add_ratios, table, write_rows
 from gram_engine.benchmarks.workload import random_session
 from gram_engine.config.parse import parse
 from gram_engine.config.schema import Config
@@ -82,7 +82,7 @@ class Losses(CallOptions):
             rows += found
         if not hasattr(F, "linear_cross_entropy"):
             log(f"Without {TORCH_FUSED}, which torch {torch.__version__} does not have.")
-        write_json(self.json, rows)
+        write_rows(self.json, rows)
 
     def _tables(self, platform: platforms.Platform) -> Iterator[list[Row]]:
         with single_process(platform):

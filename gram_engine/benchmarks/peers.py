@@ -20,7 +20,7 @@ import torch
 from gram_engine.benchmarks.command import OBJECTIVES, StepOptions
 from gram_engine.benchmarks.measure import PeakMemory, in_new_processes, measure
 from gram_engine.benchmarks.peer_trainers import PaddedBatch, padded_batches, transformers_step, trl_steps
-from gram_engine.benchmarks.results import Row, add_ratios, table, write_json
+from gram_engine.benchmarks.results import Row, add_ratios, table, write_rows
 from gram_engine.benchmarks.throughput import VOCAB_SIZE, TimedSteps, in_words, time_steps
 from gram_engine.benchmarks.workload import write_random_folder, write_workload
 from gram_engine.config.parse import parse
@@ -77,7 +77,7 @@ class Peers(StepOptions):
 
     def run(self) -> None:
         """Measure; print each stage's table as soon as it is complete."""
-        write_json(self.json, [row for stage in self.stages for row in stage_rows(self, stage)])
+        write_rows(self.json, [row for stage in self.stages for row in stage_rows(self, stage)])
 
 
 @dataclass

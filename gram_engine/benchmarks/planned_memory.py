@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from gram_engine.benchmarks.command import Options
 from gram_engine.benchmarks.measure import in_new_processes
-from gram_engine.benchmarks.results import write_json
+from gram_engine.benchmarks.results import write_rows
 from gram_engine.benchmarks.workload import random_session
 from gram_engine.config.parse import parse
 from gram_engine.config.schema import Config
@@ -107,7 +107,7 @@ class Planner(Options):
             print(f"largest error: {worst.error:+.1%} ({worst.layout}, process {worst.process})")
         published = [published_row(run) for run in RUNS]
         _print_published(published)
-        write_json(self.json, rows, published=published)
+        write_rows(self.json, rows, published=published)
 
 
 def _print_published(rows: list[dict]) -> None:

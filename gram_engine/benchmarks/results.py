@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from gram_engine.files import write_atomically
+from gram_engine.files import write_atomically, write_json
 from gram_engine.log import is_main_process
 
 FOLDER = Path(__file__).parents[2] / "tools" / "benchmarks"
@@ -88,7 +88,7 @@ def _ratio(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:,.2f}x" if ratio < 100 else f"{ratio:,.0f}x"
 
 
-def write_json(path: str | Path | None, rows: list, **more: Any) -> None:
+def write_rows(path: str | Path | None, rows: list, **more: Any) -> None:
     """Write rows (dataclasses), date, command, package versions and the keys of `more`; only on the main process.
 
     Args:
@@ -103,8 +103,7 @@ def write_json(path: str | Path | None, rows: list, **more: Any) -> None:
         "rows": [asdict(row) for row in rows],
         **more,
     }
-    with write_atomically(path) as handle:
-        json.dump(content, handle, indent=1)
+    write_json(path, content)
 
 
 def versions() -> dict[str, str]:

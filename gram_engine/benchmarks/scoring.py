@@ -15,7 +15,7 @@ import torch
 
 from gram_engine.benchmarks.command import CallOptions
 from gram_engine.benchmarks.measure import describe, measure
-from gram_engine.benchmarks.results import Row, add_ratios, table, write_json
+from gram_engine.benchmarks.results import Row, add_ratios, table, write_rows
 from gram_engine.benchmarks.workload import model_of, write_random_folder
 from gram_engine.config.schema import DataConfig
 from gram_engine.data.readers import read_rows
@@ -58,7 +58,7 @@ class Scoring(CallOptions):
         with self._folder() as folder:
             rows = self._rows(folder)
         log(table(rows))
-        write_json(self.json, rows)
+        write_rows(self.json, rows)
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:

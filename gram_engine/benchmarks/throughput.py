@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gram_engine.benchmarks.command import StepOptions, TrainerOptions
 from gram_engine.benchmarks.measure import PeakMemory, describe
-from gram_engine.benchmarks.results import Row, add_ratios, table, write_json
+from gram_engine.benchmarks.results import Row, add_ratios, table, write_rows
 from gram_engine.benchmarks.workload import demonstration_data, random_session
 from gram_engine.config.schema import Config
 from gram_engine.config.validate import check
@@ -104,7 +104,7 @@ class Throughput(StepOptions, TrainerOptions):
         trainer_session = session(config) if own_data else random_session(config, stretch=self.stretch)
         row = self._row(config, time_steps(config, trainer_session, self.warmup, self.steps))
         log(table([row]))
-        write_json(self.json, [row])
+        write_rows(self.json, [row])
 
     def _row(self, config: Config, found: TimedSteps) -> Row:
         parallel, model, figures = config.parallel, config.model, found.figures()
@@ -145,7 +145,7 @@ class Saving(TrainerOptions):
             with session(config) as trainer:
                 rows = self._rows(trainer)
         log(table(rows))
-        write_json(self.json, rows)
+        write_rows(self.json, rows)
 
     def _rows(self, trainer) -> list[Row]:
         config, steps = trainer.config, self.rounds * self.interval

@@ -31,7 +31,7 @@ import torch.distributed.checkpoint as dcp
 import tyro
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from gram_engine.benchmarks.results import write_json
+from gram_engine.benchmarks.results import write_rows
 from gram_engine.benchmarks.workload import demonstration_data
 from gram_engine.checkpoint.folder import latest_checkpoint
 from gram_engine.config.parse import fail
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     print(f"final weights and optimizer state: {'equal to the bit' if equal else 'DIFFERENT'}")
     if config.json:
-        write_json(config.json, runs, equal=equal, command=" ".join(["python -m tests.support.soak", *sys.argv[1:]]))
+        write_rows(config.json, runs, equal=equal, command=" ".join(["python -m tests.support.soak", *sys.argv[1:]]))
     sys.exit(0 if equal else 1)
 
 
