@@ -1,65 +1,141 @@
-"""Figures of merit of pairwise verdicts: pure functions of arrays, shared by training's evaluation and the scorer."""
+"""Every figure about pairwise verdicts, as pure functions of numpy arrays.
+
+Validation during training, `gram score`, `gram evaluate` and `gram reproduce` all count with these functions. A pair has a
+first and a second response, and the judge's margins Z_A - Z_B in both orders: with the first response shown as A, and with
+it shown as B.
+"""
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import numpy as np
+
+TieRule = Literal["half", "wrong"]
+"""What a verdict counts that prefers neither response (an even reward): "half" a correct verdict, or as a "wrong" one."""
+CALIBRATION_BINS = 10
+BOOTSTRAP_SAMPLES = 2000
+
+
+def sigmoid(values: np.ndarray) -> np.ndarray:
+    """Logistic function that does not overflow; float64."""
+    return 0.5 * (1.0 + np.tanh(0.5 * np.asarray(values, dtype=np.float64)))
 
 
 def reward_of_first(margins: np.ndarray, swapped_margins: np.ndarray) -> np.ndarray:
     """Eq. 3: mean of p(A | y1, y2) and p(B | y2, y1), the reward of y1 against y2, in [0, 1].
 
-    `margins` and `swapped_margins` are Z_A - Z_B with y1 shown first and with y2 shown first.
+    `margins` and `swapped_margins` are Z_A - Z_B with y1 shown first and with y2 shown first, of equal shape.
     """
-    return 0.5 * (sigmoid(margins) + sigmoid(-swapped_margins))
+    return 0.5 * (sigmoid(margins) + sigmoid(-np.asarray(swapped_margins)))
 
 
-def sigmoid(values: np.ndarray) -> np.ndarray:
-    """Logistic function that does not overflow."""
-    return 0.5 * (1.0 + np.tanh(0.5 * np.asarray(values, dtype=np.float64)))
+def correctness(towards_first: np.ndarray, preference: np.ndarray, ties: TieRule = "half") -> np.ndarray:
+    """How far each verdict is correct: [pairs with a winner] float64, 1 correct, 0 wrong, an even verdict by the tie rule.
+
+    Args:
+        towards_first: [pairs] any number above 0 prefers the first response, below 0 the second; 0 is an even verdict.
+        preference: [pairs] above 1/2 where the first response is better, below 1/2 where the second is.  Pairs without a
+            winner (1/2: a tie, nan: no label) are left out.
+    """
+    winner = np.sign(np.asarray(preference, dtype=np.float64) - 0.5)
+    labelled = np.abs(winner) > 0
+    towards_winner = np.sign(towards_first)[labelled] * winner[labelled]
+    return np.where(towards_winner == 0, 0.5 if ties == "half" else 0.0, towards_winner > 0)
 
 
-def pair_metrics(pair_ids: np.ndarray, orders: np.ndarray, margins: np.ndarray, preference: np.ndarray) -> dict[str, float]:
-    """Metrics over verdicts in both orders.
+def accuracy(towards_first: np.ndarray, preference: np.ndarray, ties: TieRule = "half") -> float:
+    """Mean of `correctness`; nan where no pair has a winner."""
+    return mean(correctness(towards_first, preference, ties))
+
+
+def pair_metrics(margins: np.ndarray, preference: np.ndarray, ties: TieRule = "half") -> dict[str, float]:
+    """Figures over pairs.
+
+    Args:
+        margins: [pairs, 2] Z_A - Z_B with the first response shown as A, and with it shown as B; nan where the pair was not
+            judged in that order.  Pairs judged in one order count in accuracy_single, margin and prefers_a alone.
+        preference: [pairs] probability that the first response is better; nan without a label.
+
+    Returns:
+        accuracy (of the reward, Eq. 3), accuracy_single (of each verdict alone), swap_consistency (share of pairs with the
+        same winner in both orders), prefers_a (share of verdicts for the response shown as A), margin (mean towards the
+        better response), pairs (number of pairs with a winner), ties (number of pairs labelled as ties).  nan over nothing.
+    """
+    margins, preference = np.asarray(margins, dtype=np.float64), np.asarray(preference, dtype=np.float64)
+    judged = ~np.isnan(margins)
+    single = (margins * (1.0, -1.0))[judged]
+    single_preference = np.broadcast_to(preference[:, None], margins.shape)[judged]
+    labelled = np.abs(single_preference - 0.5) > 0
+    both = judged.all(axis=1)
+    given, swapped = margins[both].T
+    return {
+        "accuracy_single": accuracy(single, single_preference, ties),
+        "margin": mean((single * (2.0 * single_preference - 1.0))[labelled]),
+        "prefers_a": mean(margins[judged] > 0),
+        "accuracy": accuracy(reward_of_first(given, swapped) - 0.5, preference[both], ties),
+        "swap_consistency": mean(given * swapped < 0),
+        "pairs": int((np.abs(preference[both] - 0.5) > 0).sum()),
+        "ties": int((preference[both] == 0.5).sum()),
+    }
+
+
+def by_pair(
+    pair_ids: np.ndarray, orders: np.ndarray, margins: np.ndarray, preference: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `pair_metrics` takes, from single verdicts: (margins [pairs, 2], preference [pairs] of the first response).
 
     Args:
         pair_ids: [verdicts] which pair a verdict belongs to.
-        orders: [verdicts] 0 as given, 1 swapped.  Pairs seen in one order only count in `accuracy_single` alone.
+        orders: [verdicts] 0 where the first response was shown as A, 1 where the second was.
         margins: [verdicts] Z_A - Z_B in that order.
-        preference: [verdicts] 1 where the response shown as A is better, 0 where B is, 1/2 for a tie, nan unlabelled.
-
-    Returns:
-        accuracy (of Eq. 3 over both orders; an even reward counts half), accuracy_single (each verdict alone),
-        swap_consistency (share of pairs with the same winner in both orders), prefers_a (share of verdicts for A),
-        margin (mean, towards the winner), pairs (how many pairs have a winner), ties (how many have none).  A figure
-        over nothing is nan.
+        preference: [verdicts] of the response shown as A.
     """
-    margins = np.asarray(margins, dtype=np.float64)
-    sign = 2.0 * np.asarray(preference, dtype=np.float64) - 1.0
-    decided = np.abs(sign) > 0
-    result = {
-        "accuracy_single": _mean(_credit(margins * sign)[decided]),
-        "margin": _mean((margins * sign)[decided]),
-        "prefers_a": _mean(margins > 0),
-    }
-    given, swapped = _both_orders(np.asarray(pair_ids), np.asarray(orders))
-    rewards = reward_of_first(margins[given], margins[swapped])
-    winners = decided[given]
-    result["accuracy"] = _mean(_credit((rewards - 0.5) * sign[given])[winners])
-    result["swap_consistency"] = _mean(margins[given] * margins[swapped] < 0)
-    result["pairs"] = int(winners.sum())
-    result["ties"] = int((sign[given] == 0).sum())
-    return result
+    ids, row = np.unique(pair_ids, return_inverse=True)
+    orders, preference = np.asarray(orders), np.asarray(preference, dtype=np.float64)
+    margins_of_pairs, preference_of_pairs = np.full((len(ids), 2), np.nan), np.full(len(ids), np.nan)
+    margins_of_pairs[row, orders] = margins
+    preference_of_pairs[row] = np.where(orders == 1, 1.0 - preference, preference)
+    return margins_of_pairs, preference_of_pairs
 
 
-def _credit(towards_winner: np.ndarray) -> np.ndarray:
-    return np.where(towards_winner == 0, 0.5, towards_winner > 0)
+def wilson(successes: float, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927); (nan, nan) of nothing."""
+    if count == 0:
+        return math.nan, math.nan
+    share, square = successes / count, z * z
+    centre = (share + square / (2 * count)) / (1 + square / count)
+    half = z / (1 + square / count) * math.sqrt(share * (1 - share) / count + square / (4 * count * count))
+    return centre - half, centre + half
 
 
-def _mean(values: np.ndarray) -> float:
-    return float(np.mean(values)) if len(values) else float("nan")
+def resampling_weights(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Bootstrap samples of `count` things as weights: [BOOTSTRAP_SAMPLES, count], the share of a sample that is each thing."""
+    return rng.multinomial(count, np.full(count, 1.0 / count), size=BOOTSTRAP_SAMPLES) / count
 
 
-def _both_orders(pair_ids: np.ndarray, orders: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the verdicts of each pair seen in both orders: (as given, swapped)."""
-    _, given, swapped = np.intersect1d(pair_ids[orders == 0], pair_ids[orders == 1], return_indices=True)
-    return np.flatnonzero(orders == 0)[given], np.flatnonzero(orders == 1)[swapped]
+def reliability(rewards: np.ndarray, correct: np.ndarray) -> list[tuple[float, float, int]]:
+    """(mean confidence, accuracy, pairs) of ten bins of confidence max(r, 1 - r) over [0.5, 1], without the empty bins.
+
+    Args:
+        rewards: [pairs] in [0, 1].
+        correct: [pairs] their `correctness`.
+    """
+    confidence = np.maximum(rewards, 1.0 - rewards)
+    bins = np.minimum(((confidence - 0.5) * 2 * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    return [
+        (float(confidence[bins == number].mean()), float(correct[bins == number].mean()), int((bins == number).sum()))
+        for number in np.unique(bins)
+    ]
+
+
+def expected_calibration_error(rewards: np.ndarray, correct: np.ndarray) -> float:
+    """Mean distance between confidence and accuracy over the bins of `reliability`, weighted by their pairs; nan of nothing."""
+    distances = [abs(confidence - share) * count for confidence, share, count in reliability(rewards, correct)]
+    return sum(distances) / len(rewards) if len(rewards) else math.nan
+
+
+def mean(values: np.ndarray) -> float:
+    """Mean as a Python float; nan of nothing."""
+    return float(np.mean(values)) if len(values) else math.nan

@@ -1,4 +1,4 @@
-"""Evaluation during training: loss, and for ranking objectives accuracy over both orders, by the scorer's own metrics."""
+"""Validation during training: the loss, and for objectives that judge pairs the same figures as `gram score`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from gram_engine.data.dataset import PairDataset
 from gram_engine.data.loader import PackedLoader
-from gram_engine.metrics import pair_metrics
+from gram_engine.metrics import by_pair, pair_metrics
 from gram_engine.objectives import Objective
 from gram_engine.training.step import run_schedule, sum_over_processes, summed_stats
 
@@ -24,11 +24,11 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics over every sample of the validation data, equal on every process.
 
-    Where verdicts depend on the order the data holds each pair in both, so `accuracy` is that of the reward (Eq. 3) and
-    `swap_consistency` is the share of pairs with the same verdict in both orders.
+    Where a verdict depends on the order of the responses, the data holds each pair in both orders, and the figures are those
+    of `gram_engine.metrics.pair_metrics`: `accuracy` is that of the reward (Eq. 3).
 
     Args:
-        beat: called before each batch, as a sign of life.
+        beat: called before each batch; the watchdog takes it as a sign of life.
     """
     for chunk in model:
         chunk.eval()
@@ -48,5 +48,5 @@ def evaluate(
     if objective.depends_on_order:
         samples = dataset.samples
         margins = sum_over_processes(margins, objective).cpu().numpy()
-        metrics.update(pair_metrics(samples["pair"], samples["order"], margins, samples["preference"]))
+        metrics.update(pair_metrics(*by_pair(samples["pair"], samples["order"], margins, samples["preference"])))
     return metrics
