@@ -70,7 +70,7 @@ def test_pairs_of_one_prompt_become_a_list_with_the_share_of_wins(tmp_path):
     file = write(tmp_path / "pairs.jsonl", [{"prompt": p, "chosen": a, "rejected": b} for p, a, b in rows])
     first, second = read_candidates(file)
     assert (first.prompt, first.responses, first.oracle) == ("x", ("a", "b", "c"), (1.0, 0.0, 0.5))
-    assert (second.responses, second.place) == (("d", "e"), f"{file}:4")
+    assert (second.responses, second.source_location) == (("d", "e"), f"{file}:4")
 
 
 @pytest.mark.parametrize(
@@ -116,9 +116,9 @@ def test_candidates_without_oracle_scores_are_refused(folder, tmp_path):  # noqa
 
     file = write(tmp_path / "lists.jsonl", [{"prompt": "x", "responses": ["a", "b"]}])
     with pytest.raises(DataError, match="lists.jsonl:1: no field 'oracle'"):
-        best_of_n(BestOfNArguments(file, str(folder), str(tmp_path)))
+        best_of_n(BestOfNArguments(file=file, model=str(folder), output_dir=str(tmp_path)))
     with pytest.raises(ConfigError, match="--oracle none: neither 'field' nor the folder"):
-        best_of_n(BestOfNArguments(file, str(folder), str(tmp_path), oracle="none"))
+        best_of_n(BestOfNArguments(file=file, model=str(folder), output_dir=str(tmp_path), oracle="none"))
 
 
 def test_demonstration_candidates_are_scored_by_their_order():

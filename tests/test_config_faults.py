@@ -96,7 +96,7 @@ def use_tokenizer(path: Path, template: JudgeTemplate) -> None:
 def report_file(work, draw) -> str:
     """A report of scores for the model card, damaged."""
     path = work.file("report.json")
-    path.write_bytes(damaged_bytes(draw, b'{"figures": {"accuracy": 0.75, "pairs": 12}, "all": {"games": 3}, "files": ["x"]}'))
+    path.write_bytes(damaged_bytes(draw, b'{"figures": {"accuracy": 0.75, "pairs": 12}, "all": {"pairs": 3}, "files": ["x"]}'))
     return refused(lambda: read_evaluation(str(path)), str(path))
 
 
@@ -109,7 +109,7 @@ def partial_lines(work, draw) -> str:
     place = draw.randrange(len(content))
     partial_file.write_bytes(content[:place] + draw.choice((b"\x00", b"\xff", b"}", b"\n", b"[" * 5000)) + content[place + 1 :])
     lines = ResumableLines(path, {"of": "this"})
-    kept = lines.earlier()
+    kept = lines.existing()
     assert len(kept) == lines.done and kept[: content[:place].count(b"\n")] == rows[: content[:place].count(b"\n")]
     return "gone on before the damage"
 

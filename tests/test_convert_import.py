@@ -109,10 +109,10 @@ def test_pair_logit_head_is_the_margin(kind, tied, tiny_data, tmp_path):
 def test_measured_figures_go_into_the_model_card(tiny_data, tmp_path):
     source = write_source(tmp_path / "source", tiny_data)
     import_checkpoint(source, tmp_path / "run", template=str(TEMPLATE))
-    (tmp_path / "report.json").write_text(json.dumps({"figures": {"accuracy": 0.8125}, "games_judged": 48, "all": {}}))
+    (tmp_path / "report.json").write_text(json.dumps({"figures": {"accuracy": 0.8125}, "pairs_judged": 48, "all": {}}))
     run("--load", tmp_path / "run", "--save", tmp_path / "out", "--evaluation", tmp_path / "report.json")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| accuracy | 0.8125 |" in card and "| games_judged | 48 |" in card and "num_layers: 6" in card
+    assert "| accuracy | 0.8125 |" in card and "| pairs_judged | 48 |" in card and "num_layers: 6" in card
     (tmp_path / "report.json").write_text("[]")
     with pytest.raises(ConfigError, match="holds a list, not a JSON object"):
         export_hf.export_hf(tmp_path / "run", tmp_path / "again", evaluation=str(tmp_path / "report.json"))

@@ -25,7 +25,7 @@ from gram_engine.data.integrity import SEAL, sealed
 from gram_engine.data.preprocess import ensure_preprocessed, preprocess
 from gram_engine.data.readers import read_rows
 from gram_engine.data.tokenizer import Tokenizer
-from gram_engine.evaluation.suites import SUITES, read_games
+from gram_engine.evaluation.suites import SUITES, read_eval_pairs
 from tests import test_config_faults, test_security
 from tests.conftest import TEMPLATE, train_tokenizer
 from tests.support.data_faults import Fault, Work, changed, flipped, refused, resealed, table
@@ -263,7 +263,7 @@ def suite_line(work, draw) -> str:
     path = work.file("suite.jsonl")
     text = json.dumps({**row, key: "@@"}).replace('"@@"', draw.choice(VALUES))
     path.write_bytes(text.encode() if draw.random() < 0.8 else damaged_bytes(draw, text.encode()))
-    return refused(lambda: read_games([str(path)], name), f"{path}")
+    return refused(lambda: read_eval_pairs([str(path)], name), f"{path}")
 
 
 SUITE_ROWS = (

@@ -9,21 +9,27 @@ import pytest
 
 from gram_engine.errors import ConfigError, DataError
 from gram_engine.evaluation import evaluate
-from gram_engine.evaluation.statistics import describe, expected_calibration_error, reliability, rewards_of, wilson
-from gram_engine.evaluation.suites import SECTIONS, SUITES, mean_rewards, read_games, ties_score
+from gram_engine.evaluation.pairs import JudgedPairs
+from gram_engine.evaluation.suites import SECTIONS, SUITES, mean_rewards, read_eval_pairs, ties_score
+from gram_engine.metrics import correctness, expected_calibration_error, reliability, wilson
 from tests.test_scoring import PAIRS, folder, scorer  # noqa: F401  (fixtures)
 
 
-def games_of(tmp_path, rows, suite="auto", name="rows.jsonl"):
+def pairs_of(tmp_path, rows, suite="auto", name="rows.jsonl"):
     path = tmp_path / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return read_games([str(path)], suite)
+    return read_eval_pairs([str(path)], suite)
 
 
-def figures(suite, games, rewards, margins=None):
+def judged(suite, pairs, rewards):
+    """Pairs with the same margin in both orders, of the rewards given."""
     rewards = np.asarray(rewards, dtype=float)
-    margins = np.zeros((len(games), 2)) if margins is None else np.asarray(margins, dtype=float)
-    return SUITES[suite].figures(games, rewards, margins)
+    margins = np.log(rewards / (1.0 - rewards))
+    return JudgedPairs(pairs, np.stack([margins, -margins], axis=1), SUITES[suite].ties)
+
+
+def figures(suite, pairs, rewards):
+    return SUITES[suite].figures(judged(suite, pairs, rewards))
 
 
 def test_reward_bench_weighs_as_the_official_script(tmp_path):
@@ -34,8 +40,8 @@ def test_reward_bench_weighs_as_the_official_script(tmp_path):
     for subset in subsets:
         rows += [{"prompt": "x", "chosen": "a", "rejected": "b", "subset": subset, "id": n} for n in range(4)]
         rewards += [0.9 if n < rights[subset] else (0.5 if n % 2 else 0.1) for n in range(4)]  # an even reward is wrong
-    suite, games = games_of(tmp_path, rows)
-    found = figures(suite, games, rewards)
+    suite, pairs = pairs_of(tmp_path, rows)
+    found = figures(suite, pairs, rewards)
     share = {subset: rights[subset] / 4 for subset in subsets}
     coding = np.mean([share[f"hep-{language}"] for language in ("cpp", "go", "java", "js", "python", "rust")])
     assert suite == "reward-bench" and found["Reasoning"] == pytest.approx((share["math-prm"] + coding) / 2)
@@ -51,13 +57,13 @@ def test_reward_bench_weighs_as_the_official_script(tmp_path):
 def test_reward_bench_2_best_of_four_and_ties(tmp_path):
     row = {"prompt": "x", "num_correct": 1, "total_completions": 4, "subset": "Focus", "rejected": ["b", "c", "d"]}
     rows = [{**row, "chosen": ["a"], "id": "1"}, {**row, "chosen": ["a"], "id": "2"}]
-    suite, games = games_of(tmp_path, rows)
-    assert suite == "reward-bench-2" and len(games) == 12
+    suite, pairs = pairs_of(tmp_path, rows)
+    assert suite == "reward-bench-2" and len(pairs) == 12
     strength = {"a": 3, "b": 3, "c": 1, "d": 0}  # a shares the first place: half a point
-    rewards = [1 / (1 + math.exp(strength[game.b] - strength[game.a])) for game in games[:6]]
-    rewards += [0.9 if game.a == "a" else 0.5 for game in games[6:]]
-    assert figures(suite, games, rewards) == {"overall": 0.75, "Focus": 0.75}
-    np.testing.assert_allclose(mean_rewards(range(6, 12), games, np.array(rewards)), [0.9, (0.1 + 1) / 3, 1.1 / 3, 1.1 / 3])
+    rewards = [1 / (1 + math.exp(strength[pair.b] - strength[pair.a])) for pair in pairs[:6]]
+    rewards += [0.9 if pair.a == "a" else 0.5 for pair in pairs[6:]]
+    assert figures(suite, pairs, rewards) == {"overall": 0.75, "Focus": 0.75}
+    np.testing.assert_allclose(mean_rewards(judged(suite, pairs[6:], rewards[6:])), [0.9, (0.1 + 1) / 3, 1.1 / 3, 1.1 / 3])
 
     def official(ref, tied):
         """As the official code computes it, for one prompt of each kind."""
@@ -78,25 +84,25 @@ def test_reward_bench_2_best_of_four_and_ties(tmp_path):
 
 def test_hhh_leaves_other_out_of_the_mean(tmp_path):
     names = ["harmless", "harmless", "helpful", "honest", "other", "other"]
-    suite, games = games_of(tmp_path, [{"prompt": "x", "chosen": "a", "rejected": "b", "subset": name} for name in names])
-    found = figures(suite, games, [0.9, 0.1, 0.9, 0.9, 0.1, 0.1])
+    suite, pairs = pairs_of(tmp_path, [{"prompt": "x", "chosen": "a", "rejected": "b", "subset": name} for name in names])
+    found = figures(suite, pairs, [0.9, 0.1, 0.9, 0.9, 0.1, 0.1])
     assert suite == "hhh" and found["mean of harmless, helpful, honest"] == pytest.approx((0.5 + 1 + 1) / 3)
     assert found["all rows"] == 0.5 and found["other"] == 0.0
     row = {"input": "x", "targets": {"choices": ["worse", "better"], "labels": [0, 1]}}
     (tmp_path / "honest").mkdir()
-    suite, (game,) = games_of(tmp_path, [row], name="honest/task.jsonl")
-    assert (suite, game.subset, game.a, game.preference) == ("hhh", "honest", "better", 1.0)
-    assert games_of(tmp_path, [row], name="harmless.jsonl")[1][0].subset == "harmless"
+    suite, (pair,) = pairs_of(tmp_path, [row], name="honest/task.jsonl")
+    assert (suite, pair.subset, pair.a, pair.preference) == ("hhh", "honest", "better", 1.0)
+    assert pairs_of(tmp_path, [row], name="harmless.jsonl")[1][0].subset == "harmless"
 
 
 def test_judge_bench_votes_of_both_orders(tmp_path):
     row = {"question": "x", "response_A": "a", "response_B": "b"}
     sources = ["mmlu-pro-law", "mmlu-pro-law", "livebench-math", "livecodebench"]
     rows = [{**row, "label": label, "source": source} for label, source in zip(["A>B", "B>A", "A>B", "B>A"], sources)]
-    suite, games = games_of(tmp_path, rows)
+    suite, pairs = pairs_of(tmp_path, rows)
     # right twice; right and wrong; right and even; wrong twice
     margins = [[1, -1], [-1, -3], [1, 0], [2, -2]]
-    found = figures(suite, games, rewards_of(np.array(margins, dtype=float)), margins)
+    found = SUITES[suite].figures(JudgedPairs(pairs, np.array(margins, dtype=float), "wrong"))
     assert suite == "judge-bench"
     assert found["overall, votes"] == 0.5 and found["Knowledge, votes"] == 0.5
     assert (found["Math, votes"], found["Coding, votes"]) == (1.0, 0.0)
@@ -109,24 +115,24 @@ def test_rm_bench_matrix_and_levels(tmp_path):
         {"prompt": "x", "chosen": list("abc"), "rejected": list("def"), "domain": domain, "id": domain}
         for domain in ("chat", "safety-refuse", "safety-response")
     ]
-    suite, games = games_of(tmp_path, rows)
-    assert suite == "rm-bench" and len(games) == 27
+    suite, pairs = pairs_of(tmp_path, rows)
+    assert suite == "rm-bench" and len(pairs) == 27
     # The model likes style: it is right where the chosen response is as rich or richer.
-    rewards = [0.9 if game.numbers[0] >= game.numbers[1] else 0.5 for game in games]
-    found = figures(suite, games, rewards)
+    rewards = [0.9 if pair.numbers[0] >= pair.numbers[1] else 0.5 for pair in pairs]
+    found = figures(suite, pairs, rewards)
     assert (found["hard"], found["normal"], found["easy"]) == (0.0, 1.0, 1.0)
     assert found["chat"] == found["safety"] == found["overall"] == pytest.approx(2 / 3)
     row = {"prompt": "x", "chosen": list("abc"), "rejected": list("def"), "id": 1}  # the files of one domain lack the field
-    suite, games = games_of(tmp_path, [row], name="safety-refuse_filtered.json")
-    assert suite == "rm-bench" and {game.subset for game in games} == {"safety"}
+    suite, pairs = pairs_of(tmp_path, [row], name="safety-refuse_filtered.json")
+    assert suite == "rm-bench" and {pair.subset for pair in pairs} == {"safety"}
 
 
 def test_a_limit_cuts_no_row_in_two(tmp_path):
     row = {"prompt": "x", "chosen": list("abc"), "rejected": list("def"), "domain": "chat"}
-    _, games = games_of(tmp_path, [row] * 3)
-    assert [len(evaluate._first(games, limit)) for limit in (1, 9, 10, 100, None)] == [9, 9, 18, 27, 27]
+    _, pairs = pairs_of(tmp_path, [row] * 3)
+    assert [len(evaluate._first(pairs, limit)) for limit in (1, 9, 10, 100, None)] == [9, 9, 18, 27, 27]
     with pytest.raises(ConfigError, match="--limit 0 must be at least 1"):
-        evaluate._first(games, 0)
+        evaluate._first(pairs, 0)
 
 
 def test_interval_and_calibration():
@@ -134,18 +140,19 @@ def test_interval_and_calibration():
     assert wilson(0, 5)[0] == pytest.approx(0.0, abs=1e-12) and math.isnan(wilson(0, 0)[0])
     rewards = np.array([0.95] * 10 + [0.35] * 10)
     a_is_better = np.array([True] * 8 + [False] * 2 + [False] * 6 + [True] * 4)
-    assert reliability(rewards, a_is_better) == [pytest.approx((0.65, 0.6, 10)), pytest.approx((0.95, 0.8, 10))]
-    assert expected_calibration_error(rewards, a_is_better) == pytest.approx((0.05 + 0.15) / 2)
+    correct = correctness(rewards - 0.5, a_is_better)
+    assert reliability(rewards, correct) == [pytest.approx((0.65, 0.6, 10)), pytest.approx((0.95, 0.8, 10))]
+    assert expected_calibration_error(rewards, correct) == pytest.approx((0.05 + 0.15) / 2)
 
 
 def test_shared_figures(tmp_path):
     rows = [
         {"prompt": "x", "response_a": "longer text", "response_b": "short", "label": label} for label in ("A", "B", "tie", "A")
     ]
-    suite, games = games_of(tmp_path, rows)
+    suite, pairs = pairs_of(tmp_path, rows)
     margins = np.array([[2.0, -1.0], [2.0, 1.0], [0.5, 0.5], [-1.0, 1.0]])
-    found = describe(games, rewards_of(margins), margins)
-    assert suite == "pairs" and (found["games"], found["ties_in_labels"]) == (3, 1)
+    found = evaluate.describe(JudgedPairs(pairs, margins))
+    assert suite == "pairs" and (found["pairs"], found["ties"]) == (3, 1)
     assert found["accuracy"] == pytest.approx(1 / 3) and found["longer_wins"] == pytest.approx(2 / 3)
     assert (found["accuracy_a_first"], found["accuracy_b_first"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
     assert found["swap_consistency"] == 0.5 and found["prefers_a"] == pytest.approx(6 / 8)
@@ -169,7 +176,7 @@ def test_shared_figures(tmp_path):
 )
 def test_bad_rows_are_named(row, suite, message, tmp_path):
     with pytest.raises(DataError, match=rf"rows.jsonl:1: .*{message}"):
-        games_of(tmp_path, [row], suite)
+        pairs_of(tmp_path, [row], suite)
 
 
 def test_grouped_results_hold_the_suites_own_figures():
@@ -179,9 +186,9 @@ def test_grouped_results_hold_the_suites_own_figures():
 
 def test_unknown_suite_lists_the_known(tmp_path):
     with pytest.raises(ConfigError, match="--suite x: unknown. Choose among auto, pairs, reward-bench"):
-        games_of(tmp_path, [{"prompt": "x", "chosen": "a", "rejected": "b"}], "x")
+        pairs_of(tmp_path, [{"prompt": "x", "chosen": "a", "rejected": "b"}], "x")
     with pytest.raises(ConfigError, match="no file to evaluate on"):
-        read_games([], "auto")
+        read_eval_pairs([], "auto")
 
 
 def test_report_of_a_run(folder, scorer, tmp_path, capsys):  # noqa: F811
@@ -194,7 +201,7 @@ def test_report_of_a_run(folder, scorer, tmp_path, capsys):  # noqa: F811
     assert "report.html" in capsys.readouterr().out
     report = json.loads((output / "report.json").read_text())
     wanted = [score.reward_a for score in scorer.score_pairs([(p + evil, a, b) for p, a, b in PAIRS[:6]])]
-    assert report["all"]["accuracy"] == pytest.approx(np.mean(np.array(wanted) > 0.5)) and report["games_judged"] == 6
+    assert report["all"]["accuracy"] == pytest.approx(np.mean(np.array(wanted) > 0.5)) and report["pairs_judged"] == 6
     assert report["figures"]["accuracy"] == report["all"]["accuracy"] and set(report["subsets"]) == {"s0", "s1"}
     lines = [json.loads(line) for line in (output / "scores.jsonl").read_text().splitlines()]
     np.testing.assert_allclose([line["reward_a"] for line in lines], wanted, atol=1e-5)
@@ -203,6 +210,7 @@ def test_report_of_a_run(folder, scorer, tmp_path, capsys):  # noqa: F811
     page = (output / "report.html").read_text()
     assert not re.search(r"(src|href)=['\"](?!data:)", page), "the page needs nothing from elsewhere"
     assert evil not in page and "Only the first 6 of 7 pairs" in page
+    assert "Only the first 6 of 7 pairs" in (output / "report.md").read_text()
     assert {path.name for path in (output / "plots").iterdir()} == {
         "subsets.png", "reliability.png", "margins.png", "length.png"
     }  # fmt: skip

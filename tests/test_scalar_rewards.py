@@ -148,7 +148,7 @@ def test_from_rows_to_scores(pool, tiny_data, tmp_path, capsys):
 
     from gram_engine.convert import command
     from gram_engine.evaluation.evaluate import EvaluateArguments, evaluate
-    from gram_engine.scoring import command as score_file
+    from gram_engine.scoring import command as scoring
     from gram_engine.scoring.scorer import RewardModelScorer
 
     jsonl, folder = tiny_data["jsonl"], tmp_path / "hf"
@@ -169,18 +169,18 @@ def test_from_rows_to_scores(pool, tiny_data, tmp_path, capsys):
     with torch.no_grad():
         wanted = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.view(-1, 2).double().numpy()
 
-    score_file.main([jsonl, str(tmp_path / "scores.jsonl"), "--model", str(folder)])
+    scoring.main([jsonl, str(tmp_path / "scores.jsonl"), "--model", str(folder)])
     lines = [json.loads(line) for line in open(tmp_path / "scores.jsonl")]
     np.testing.assert_allclose([line["rewards"] for line in lines], wanted, atol=1e-5)
     difference = wanted[:, 0] - wanted[:, 1]
     np.testing.assert_allclose([line["reward_a"] for line in lines], 1 / (1 + np.exp(-difference)), atol=1e-5)
     assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx((difference > 0).mean()) == metrics["accuracy"]
-    report = evaluate(EvaluateArguments((jsonl,), str(folder), str(tmp_path / "report")))
+    report = evaluate(EvaluateArguments(files=(jsonl,), model=str(folder), output_dir=str(tmp_path / "report")))
     assert report["figures"]["accuracy"] == pytest.approx(metrics["accuracy"])
 
     responses = [row["chosen"] for row in rows[:5]]
     (tmp_path / "lists.jsonl").write_text(json.dumps({"prompt": "which one", "responses": responses}))
-    score_file.rank_main([str(tmp_path / "lists.jsonl"), str(tmp_path / "ranks.jsonl"), "--model", str(folder)])
+    scoring.rank_main([str(tmp_path / "lists.jsonl"), str(tmp_path / "ranks.jsonl"), "--model", str(folder)])
     ranks = json.loads((tmp_path / "ranks.jsonl").read_text())
     scorer = RewardModelScorer.from_pretrained(folder, batch_tokens=50)
     rewards = [scorer.reward("which one", response) for response in responses]

@@ -161,7 +161,7 @@ def test_lists_from_a_file(folder, scorer, tmp_path, capsys):
 KILLED = """
 import os, sys
 from gram_engine.scoring import scorer
-from gram_engine.scoring import command as score_file
+from gram_engine.scoring import command
 run, count = scorer.RewardModelScorer._run, 0
 def die_in_the_third_batch(self, tree):
     global count
@@ -170,11 +170,11 @@ def die_in_the_third_batch(self, tree):
         os.kill(os.getpid(), 9)
     return run(self, tree)
 scorer.RewardModelScorer._run = die_in_the_third_batch
-score_file.main(sys.argv[1:])
+command.main(sys.argv[1:])
 """
 
 
-def test_a_killed_command_goes_on_where_it_was(folder, scorer, tmp_path, capsys):
+def test_an_interrupted_command_resumes(folder, scorer, tmp_path, capsys):
     rows = [{"prompt": prompt, "chosen": a, "rejected": b} for prompt, a, b in PAIRS]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--model", str(folder), "--batch-tokens", "100"]
@@ -191,7 +191,7 @@ def test_a_killed_command_goes_on_where_it_was(folder, scorer, tmp_path, capsys)
     np.testing.assert_allclose([line["reward_a"] for line in lines], rewards_of(scorer, PAIRS), atol=1e-5)
     assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
 
-    # Lines that were made of something else are not gone on with.
+    # Lines that were made of other input are discarded.
     subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, timeout=100)
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
     main(arguments)

@@ -1,8 +1,8 @@
 """`gram best-of-n`: how good the response is that a reward model chooses among n (section 4.4), as a curve over n.
 
-From m candidates per prompt the expected score of the best of n is known without drawing: the i-th worst of m by the proxy
-is the best of a random subset of n with probability C(i - 1, n - 1) / C(m, n). So each curve uses every candidate, and the
-figures of different n differ by n alone. Choosing among n moves the policy by KL = log n - (n - 1) / n at most.
+From m candidates of a prompt the expected score of the best of n is computed exactly, without sampling: the i-th worst of m
+by the proxy is the best of a random subset of n with probability C(i - 1, n - 1) / C(m, n). So each point of the curve uses
+every candidate. Choosing among n moves the policy by at most KL = log n - (n - 1) / n.
 """
 
 from __future__ import annotations
@@ -24,45 +24,36 @@ from gram_engine.data.readers import read_items
 from gram_engine.data.schema import Pair
 from gram_engine.errors import ConfigError, DataError, GramError
 from gram_engine.evaluation.document import BLUE, Block, Plot, Table, new_figure, png_of, write_document
-from gram_engine.evaluation.statistics import resampling_weights
 from gram_engine.files import write_atomically
-from gram_engine.scoring.command import RankArguments, rank_file
-from gram_engine.scoring.scorer import Dtype
-
-REPEATS = 2000
+from gram_engine.metrics import resampling_weights
+from gram_engine.scoring.command import ModelArguments, RankArguments, rank_file
 
 
-@dataclass
-class BestOfNArguments:
-    """Choose the best of n with a reward model, for n = 1, 2, ...; score the chosen with an oracle."""
+@dataclass(kw_only=True)
+class BestOfNArguments(ModelArguments):
+    """Choose the best of n responses with a reward model (the proxy), for n = 1, 2, ...; score the choice with an oracle."""
 
     file: tyro.conf.Positional[str]
-    """Rows of {prompt, responses, oracle: [a score of each]}, or preference pairs, several to a prompt."""
-    model: str
-    """The reward model that chooses (the proxy): folder written by `gram convert`."""
+    """Rows of {prompt, responses, oracle: [score of each response]}, or preference pairs, several for each prompt."""
     output_dir: str
-    """Folder for best_of_n.json, .md and .html, plots, and the scores. A killed command goes on where it was."""
+    """Folder for best_of_n.json, .md and .html, plots and scores. If the command is interrupted, rerun it to resume."""
     oracle: str = "field"
-    """field: the rows' `oracle` (of pairs: the share of its comparisons that a response wins); or the folder of another
+    """field: the rows' `oracle` (for pairs: the share of its comparisons that a response wins); or the folder of another
     reward model."""
     n: Optional[int] = None
-    """Longest list to choose from; prompts with fewer responses are left out. Default: what half of the prompts have."""
+    """Largest n; prompts with fewer responses are left out. Default: the median number of responses."""
     seed: int = 0
-    """Draws the response of each prompt that all others are scored against (it scores 1/2), as in the paper."""
-    dtype: Dtype = "auto"
-    """Dtype of the weights; auto: as stored."""
-    batch_tokens: Optional[int] = None
-    """Tokens that run at once; default: 4,096 on a CPU, 65,536 on a GPU."""
+    """Seed of drawing, for each prompt, the response that the others are compared with (its reward is 1/2), as in the paper."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Responses to one prompt, and what the oracle of the file says of them."""
+    """Responses to one prompt, with the oracle's scores if the file has them."""
 
     prompt: str
     responses: tuple[str, ...]
     oracle: Optional[tuple[float, ...]]
-    place: str
+    source_location: str
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -78,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def best_of_n(arguments: BestOfNArguments) -> dict[str, Any]:
-    """Score, count, write the report; returns what best_of_n.json holds.
+    """Score the candidates, compute the curve and write the report; returns the content of best_of_n.json.
 
     Raises:
         DataError: a row cannot be used, or has no score of the oracle.
@@ -109,7 +100,7 @@ def best_of_n(arguments: BestOfNArguments) -> dict[str, Any]:
 
 
 def read_candidates(file: str) -> list[Candidates]:
-    """The lists of a file, or the responses of its pairs put together by prompt.
+    """The lists of a file, or the responses of its pairs grouped by prompt.
 
     Raises:
         DataError: a row cannot be used ("file:line: what").
@@ -122,7 +113,8 @@ def read_candidates(file: str) -> list[Candidates]:
 
 
 def chance_of_best(candidates: int, most: int) -> np.ndarray:
-    """[most, candidates] that the i-th worst of m candidates is the best of n = 1 ... most drawn without replacement."""
+    """[most, candidates] probability that the i-th worst of m candidates is the best of n = 1 ... most of them, drawn at
+    random without replacement."""
     return np.array(
         [[math.comb(i, n - 1) / math.comb(candidates, n) for i in range(candidates)] for n in range(1, most + 1)]
     )
@@ -131,7 +123,7 @@ def chance_of_best(candidates: int, most: int) -> np.ndarray:
 def expected_of_best(proxy: np.ndarray, values: np.ndarray, most: int) -> np.ndarray:
     """[most]: expected value of the response with the highest proxy score, over all subsets of n = 1 ... most responses.
 
-    Among equals by the proxy each is as likely to be taken.
+    Responses of equal proxy score are equally likely to be chosen.
 
     Args:
         proxy, values: [candidates], at least `most` of them.
@@ -145,19 +137,19 @@ _chances = cache(chance_of_best)
 
 
 def kl_of(n: int) -> float:
-    """log n - (n - 1) / n nats: bound on how far choosing among n moves a policy from where it was."""
+    """log n - (n - 1) / n nats: upper bound of the KL divergence between best of n and the policy."""
     return math.log(n) - (n - 1) / n
 
 
 def best_of_n_curve(proxy: Sequence[np.ndarray], oracle: Sequence[np.ndarray], most: int) -> list[dict[str, float]]:
-    """For n = 1 ... most: n, kl, proxy and oracle of the chosen (mean over prompts), each with its 95 % interval.
+    """For n = 1 ... most: n, kl, proxy and oracle score of the chosen response, each with its 95 % interval.
 
-    The intervals resample prompts.
+    Scores are means over prompts; intervals are bootstrap intervals over prompts.
 
     Args:
         proxy, oracle: for each prompt [candidates], at least `most` of them.
     """
-    weights = resampling_weights(len(proxy), REPEATS, np.random.default_rng(0))
+    weights = resampling_weights(len(proxy), np.random.default_rng(0))
     columns: dict[str, np.ndarray] = {}
     for name, values in (("proxy", proxy), ("oracle", oracle)):
         by_prompt = np.array([expected_of_best(own, value, most) for own, value in zip(proxy, values, strict=True)])
@@ -169,33 +161,32 @@ def best_of_n_curve(proxy: Sequence[np.ndarray], oracle: Sequence[np.ndarray], m
     ]
 
 
-def _row(row: Any, place: str) -> list[Candidates | Pair]:
+def _row(row: Any, source_location: str) -> list[Candidates | Pair]:
     if not isinstance(row, dict) or not ("responses" in row or "completions" in row):
-        return row_to_samples(row, place, DataConfig())
-    (found,) = row_to_list(row, place, DataConfig())
-    oracle = row.get("oracle")
-    if oracle is not None and (
-        not isinstance(oracle, list)
-        or len(oracle) != len(found.responses)
-        or any(type(score) not in (int, float) or not math.isfinite(score) for score in oracle)
-    ):
+        return row_to_samples(row, source_location, DataConfig())
+    (found,) = row_to_list(row, source_location, DataConfig())
+    scores = row.get("oracle")
+    if scores is None:
+        return [Candidates(found.prompt, found.responses, None, source_location)]
+    is_list = isinstance(scores, list) and len(scores) == len(found.responses)
+    if not is_list or any(type(score) not in (int, float) or not math.isfinite(score) for score in scores):
         raise BadRow(f"'oracle' must hold a finite number for each of the {len(found.responses)} responses.")
-    return [Candidates(found.prompt, found.responses, None if oracle is None else tuple(map(float, oracle)), place)]
+    return [Candidates(found.prompt, found.responses, tuple(map(float, scores)), source_location)]
 
 
 def _grouped(pairs: Sequence[Pair]) -> Iterator[Candidates]:
-    """Each prompt's responses, with the share of its comparisons that each one wins (a tie is half a win)."""
-    shares: dict[str, dict[str, list[float]]] = {}
-    places: dict[str, str] = {}
+    """The responses to each prompt, with the share of its comparisons that each response wins (a tie is half a win)."""
+    wins: dict[str, dict[str, list[float]]] = {}
+    first_at: dict[str, str] = {}
     for pair in pairs:
         if not isinstance(pair, Pair) or math.isnan(pair.preference):
             raise DataError(f"{pair.source_location}: no preference, and no `responses`. Give lists, or pairs with a label.")
-        own = shares.setdefault(pair.prompt, {})
-        places.setdefault(pair.prompt, pair.source_location)
+        own = wins.setdefault(pair.prompt, {})
+        first_at.setdefault(pair.prompt, pair.source_location)
         own.setdefault(pair.response_a, []).append(pair.preference)
         own.setdefault(pair.response_b, []).append(1.0 - pair.preference)
-    for prompt, own in shares.items():
-        yield Candidates(prompt, tuple(own), tuple(float(np.mean(wins)) for wins in own.values()), places[prompt])
+    for prompt, own in wins.items():
+        yield Candidates(prompt, tuple(own), tuple(float(np.mean(shares)) for shares in own.values()), first_at[prompt])
 
 
 def _scores(arguments: BestOfNArguments, lists: Sequence[Candidates]) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -213,14 +204,15 @@ def _known_oracle(oracle: str, one: Candidates) -> np.ndarray:
     if oracle != "field":
         raise ConfigError(f"--oracle {oracle}: neither 'field' nor the folder of a reward model.")
     if one.oracle is None:
-        raise DataError(f"{one.place}: no field 'oracle'. Add a score of each response, or give --oracle FOLDER.")
+        raise DataError(f"{one.source_location}: no field 'oracle'. Add a score of each response, or give --oracle FOLDER.")
     return np.array(one.oracle)
 
 
 def _ranked(arguments: BestOfNArguments, model: str, output: Path) -> list[np.ndarray]:
     """Rewards of each list against the response that --seed draws: the same for proxy and oracle."""
-    files = (str(output.parent / "candidates.jsonl"), str(output))
-    rank_file(RankArguments(*files, model, arguments.dtype, arguments.batch_tokens, seed=arguments.seed))
+    candidates = str(output.parent / "candidates.jsonl")
+    settings = {"dtype": arguments.dtype, "batch_tokens": arguments.batch_tokens, "seed": arguments.seed}
+    rank_file(RankArguments(input=candidates, output=str(output), model=model, **settings))
     return [np.array(json.loads(line)["rewards"]) for line in output.read_text(encoding="utf-8").splitlines()]
 
 

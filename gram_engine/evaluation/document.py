@@ -1,4 +1,4 @@
-"""Pages that need nothing else: plots inside, one style; and documents of text, tables and plots, as Markdown and HTML."""
+"""Reports of text, tables and plots, written as Markdown and as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from html import escape
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
-from typing import Iterator, Sequence
+from textwrap import indent
+from typing import Mapping, Sequence
 
 from gram_engine.files import write_atomically
 
@@ -26,30 +27,14 @@ th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align
 td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
-.plots img { width: 100%; background: #fff; border-radius: .5rem; }
+.plots figure { margin: 0; } .plots img { width: 100%; background: #fff; border-radius: .5rem; }
 details { border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .9rem; margin: .5rem 0; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .6rem; border-radius: .4rem; }
 """
 
 
-def page(title: str, body: str) -> str:
-    """An HTML page of a plain title and a body in HTML."""
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>{body}</html>\n"
-    )
-
-
-def image(caption: str, png: bytes) -> str:
-    """A plot inside a page."""
-    return (
-        f'<figure style="margin:0"><img alt="{escape(caption)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
 def new_figure(width: float = 5.0, height: float = 3.6):
-    """(figure, axes) of matplotlib, inches."""
+    """(figure, axes) of matplotlib; sizes in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
@@ -67,7 +52,7 @@ def png_of(figure) -> bytes:
 
 @dataclass(frozen=True)
 class Heading:
-    """Begins a part."""
+    """The title of a section."""
 
     text: str
 
@@ -81,57 +66,94 @@ class Table:
 
 
 @dataclass(frozen=True)
+class KeyFigures:
+    """The most important figures by name; large in HTML."""
+
+    figures: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Details:
+    """Texts of a data file by name, shown as they are; folded under a summary in HTML."""
+
+    summary: str
+    texts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Plot:
-    """A figure; `name` is its file's, without ending."""
+    """A figure; `name` is that of its file, without ending."""
 
     name: str
     caption: str
     png: bytes
 
 
-Block = Heading | Table | Plot | str
-"""A string is a paragraph of plain text."""
+Block = Heading | Table | KeyFigures | Details | Plot | str
+"""A part of a document; a string is a paragraph of plain text."""
 
 
 def write_document(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> None:
-    """Write FOLDER/NAME.md with its plots in FOLDER/plots, and FOLDER/NAME.html with everything inside."""
+    """Write FOLDER/NAME.md with its plots in FOLDER/plots, and FOLDER/NAME.html with the plots inside."""
     for plot in (block for block in blocks if isinstance(block, Plot)):
         with write_atomically(folder / "plots" / f"{plot.name}.png", "wb") as handle:
             handle.write(plot.png)
     with write_atomically(folder / f"{name}.md") as handle:
         handle.write(f"# {title}\n\n" + "\n\n".join(map(_markdown, blocks)) + "\n")
     with write_atomically(folder / f"{name}.html") as handle:
-        handle.write(page(title, "".join(_html_blocks(blocks))))
+        handle.write(
+            '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>{_html(blocks)}</html>\n"
+        )
 
 
 def _markdown(block: Block) -> str:
-    if isinstance(block, Heading):
-        return f"## {block.text}"
-    if isinstance(block, Plot):
-        return f"![{block.caption}](plots/{block.name}.png)"
-    if isinstance(block, Table):
-        lines = [block.head, ["---"] * len(block.head), *block.rows]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    match block:
+        case Heading(text):
+            return f"## {text}"
+        case Plot(name, caption):
+            return f"![{caption}](plots/{name}.png)"
+        case KeyFigures(figures):
+            return "\n".join(f"- {name}: **{value}**" for name, value in figures.items())
+        case Details(summary, texts):
+            return "\n\n".join([f"### {summary}", *(f"{name}:\n\n{indent(text, '    ')}" for name, text in texts.items())])
+        case Table(head, rows):
+            lines = [head, ["---"] * len(head), *rows]
+            return "\n".join("| " + " | ".join(map(_markdown_cell, line)) + " |" for line in lines)
     return block
 
 
-def _html_blocks(blocks: Sequence[Block]) -> Iterator[str]:
-    """Plots that follow each other stand side by side."""
+def _markdown_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _html(blocks: Sequence[Block]) -> str:
+    """Adjacent plots are shown side by side."""
+    parts = []
     for are_plots, group in groupby(blocks, lambda block: isinstance(block, Plot)):
-        if are_plots:
-            yield f'<div class="plots">{"".join(image(plot.caption, plot.png) for plot in group)}</div>'
-        else:
-            yield from map(_html, group)
+        html = "".join(map(_html_of_block, group))
+        parts.append(f'<div class="plots">{html}</div>' if are_plots else html)
+    return "".join(parts)
 
 
-def _html(block: Heading | Table | str) -> str:
-    if isinstance(block, Heading):
-        return f"<h2>{escape(block.text)}</h2>"
-    if isinstance(block, Table):
-        lines = [_row("th", block.head), *(_row("td", row) for row in block.rows)]
-        return f"<div class='scroll'><table>{''.join(lines)}</table></div>"
+def _html_of_block(block: Block) -> str:
+    match block:
+        case Heading(text):
+            return f"<h2>{escape(text)}</h2>"
+        case Plot(_, caption, png):
+            source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+            return f'<figure><img alt="{escape(caption)}" src="{source}"><figcaption>{escape(caption)}</figcaption></figure>'
+        case KeyFigures(figures):
+            items = "".join(f"<li>{escape(name)}<b>{escape(value)}</b></li>" for name, value in figures.items())
+            return f'<ul class="tiles">{items}</ul>'
+        case Details(summary, texts):
+            body = "".join(f"<p>{escape(name)}</p><pre>{escape(text)}</pre>" for name, text in texts.items())
+            return f"<details><summary>{escape(summary)}</summary>{body}</details>"
+        case Table(head, rows):
+            lines = [_html_row("th", head), *(_html_row("td", row) for row in rows)]
+            return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
     return f"<p>{escape(block)}</p>"
 
 
-def _row(tag: str, cells: Sequence[str]) -> str:
+def _html_row(tag: str, cells: Sequence[str]) -> str:
     return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"

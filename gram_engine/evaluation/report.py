@@ -1,22 +1,32 @@
-"""The evaluation as one HTML page that needs nothing else (plots inside), and the plots as PNG files."""
+"""The report of an evaluation: figures by subset, plots, and the most confident mistakes."""
 
 from __future__ import annotations
 
 import math
-from html import escape
-from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Iterator
 
 import numpy as np
 
-from gram_engine.evaluation.document import BLUE, GREY, ORANGE, image, new_figure, page, png_of
-from gram_engine.evaluation.statistics import reliability
-from gram_engine.evaluation.suites import STYLES, Game, style_matrix
-from gram_engine.files import write_atomically
+from gram_engine.evaluation.document import (
+    BLUE,
+    GREY,
+    ORANGE,
+    Block,
+    Details,
+    Heading,
+    KeyFigures,
+    Plot,
+    Table,
+    new_figure,
+    png_of,
+)
+from gram_engine.evaluation.pairs import JudgedPairs
+from gram_engine.evaluation.suites import STYLES, style_matrix
+from gram_engine.metrics import reliability
 
 MISTAKES, SHOWN_CHARACTERS = 10, 600
 COLUMNS = {
-    "games": "games",
+    "pairs": "pairs",
     "accuracy": "accuracy",
     "interval_low": "95 % from",
     "interval_high": "to",
@@ -27,94 +37,64 @@ COLUMNS = {
     "prefers_a": "prefers A",
     "ece": "ECE",
 }
+TIES = {"half": "An even reward counts as half a correct verdict.", "wrong": "An even reward counts as wrong, as in the suite."}
 
-def write_report(
-    folder: Path, report: dict[str, Any], games: Sequence[Game], rewards: np.ndarray, margins: np.ndarray
-) -> None:
-    """Write report.html and plots/*.png into `folder`.
+
+def report_blocks(report: dict[str, Any], judged: JudgedPairs) -> Iterator[Block]:
+    """The parts of the report, for `write_document`.
 
     Args:
         report: what report.json will hold (evaluate.py).
-        rewards: [games] Eq. 3, of a.
-        margins: [games, 2] Z_A - Z_B in both orders.
     """
-    plots = _plots(report, games, rewards, margins)
-    for name, (_, png) in plots.items():
-        with write_atomically(folder / "plots" / f"{name}.png", "wb") as handle:
-            handle.write(png)
-    with write_atomically(folder / "report.html") as handle:
-        handle.write(_page(report, games, rewards, plots))
-
-
-def _page(report: dict[str, Any], games: Sequence[Game], rewards: np.ndarray, plots: dict[str, tuple[str, bytes]]) -> str:
-    note = f"{report['games_judged']:,} pairs, each in both orders; {report['truncated']:,} shortened to fit."
-    if report["games_judged"] < report["games_in_files"]:
-        note = f"<b>Only the first {report['games_judged']:,} of {report['games_in_files']:,} pairs.</b> " + note
+    if report["pairs_judged"] < report["pairs_in_files"]:
+        yield f"Only the first {report['pairs_judged']:,} of {report['pairs_in_files']:,} pairs were judged."
+    yield f"{report['pairs_judged']:,} pairs, each in both orders; {report['truncated']:,} shortened to fit."
     if report["suite"] == "RewardBench 2":
-        note += " A response's score is its mean reward against the others: not comparable with the leaderboard's scores."
-    tiles = "".join(f"<li>{escape(name)}<b>{_number(value)}</b></li>" for name, value in report["figures"].items())
-    images = "".join(image(*plot) for plot in plots.values())
-    return page(
-        f"{report['suite']}: {report['model']}",
-        f"<p>{note}</p><ul class='tiles'>{tiles}</ul>"
-        f"<h2>By subset</h2><div class='scroll'>{_table(report)}</div><p>An even reward counts as wrong. "
-        "Longer wins: the accuracy of always taking the longer response. ECE: how far confidence lies from accuracy.</p>"
-        f"<h2>Plots</h2><div class='plots'>{images}</div><h2>The most confident mistakes</h2>{_mistakes(games, rewards)}"
-        f"<p>Files: {escape(', '.join(report['files']))}</p>",
+        yield "A response's score is its mean reward against the others: not comparable with the leaderboard's scores."
+    yield KeyFigures({name: _number(value) for name, value in report["figures"].items()})
+    yield Heading("By subset")
+    subsets = [*report["subsets"].items(), ("all", report["all"])]
+    rows = [[name, *(_number(figures[column]) for column in COLUMNS)] for name, figures in subsets]
+    yield Table(["", *COLUMNS.values()], rows)
+    yield (
+        f"{TIES[judged.ties]} Longer wins: the accuracy of always taking the longer response. "
+        "ECE: expected calibration error, the mean distance between confidence and accuracy."
     )
-
-
-def _table(report: dict[str, Any]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("", *COLUMNS.values()))
-    rows = [*report["subsets"].items(), ("all", report["all"])]
-    body = "".join(
-        f"<tr><td>{escape(name)}</td>" + "".join(f"<td>{_number(figures[column])}</td>" for column in COLUMNS) + "</tr>"
-        for name, figures in rows
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
+    yield Heading("Plots")
+    yield from _plots(report, judged)
+    yield Heading("The most confident mistakes")
+    yield from list(_mistakes(judged)) or ["None."]
+    yield f"Files: {', '.join(report['files'])}"
 
 
 def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else "–" if math.isnan(value) else f"{value:.3f}"
 
 
-def _mistakes(games: Sequence[Game], rewards: np.ndarray) -> str:
-    wrong_by = np.array([(0.5 - reward) * (1 if game.preference > 0.5 else -1) for game, reward in zip(games, rewards)])
-    wrong_by[[game.preference == 0.5 for game in games]] = -1
-    shown = [number for number in np.argsort(-wrong_by)[:MISTAKES] if wrong_by[number] > 0]
-    parts = []
-    for number in shown:
-        game = games[number]
-        better, worse = (game.a, game.b) if game.preference > 0.5 else (game.b, game.a)
-        texts = {"Prompt": game.prompt, "Better by the label": better, "Better by the model": worse}
-        body = "".join(f"<p>{name}</p><pre>{escape(_shortened(text))}</pre>" for name, text in texts.items())
-        reward = 0.5 - wrong_by[number]
-        parts.append(f"<details><summary>{escape(game.place)}: reward {reward:.3f} of the better one</summary>{body}</details>")
-    return "".join(parts) or "<p>None.</p>"
+def _mistakes(judged: JudgedPairs) -> Iterator[Details]:
+    wrong_by = (0.5 - judged.rewards) * np.sign(judged.preference - 0.5)
+    for number in np.argsort(-wrong_by)[:MISTAKES]:
+        if wrong_by[number] <= 0:
+            return
+        pair = judged.pairs[number]
+        better, worse = (pair.a, pair.b) if pair.preference > 0.5 else (pair.b, pair.a)
+        texts = {"Prompt": pair.prompt, "Better by the label": better, "Better by the model": worse}
+        summary = f"{pair.source_location}: reward {0.5 - wrong_by[number]:.3f} of the better one"
+        yield Details(summary, {name: _shortened(text) for name, text in texts.items()})
 
 
 def _shortened(text: str) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " …"
 
 
-def _plots(
-    report: dict[str, Any], games: Sequence[Game], rewards: np.ndarray, margins: np.ndarray
-) -> dict[str, tuple[str, bytes]]:
-    """Name -> (caption, PNG)."""
-    decided = np.array([game.preference != 0.5 for game in games])
-    sign = np.array([1.0 if game.preference > 0.5 else -1.0 for game in games])
-    plots = {
-        "subsets": ("Accuracy by subset with 95 % interval; orange: longer wins", _plot_subsets(report["subsets"])),
-        "reliability": ("Reliability: accuracy by confidence", _plot_reliability(rewards[decided], sign[decided] > 0)),
-        "margins": ("Margin towards the better response, both orders", _plot_margins(margins[decided], sign[decided])),
-        "length": (
-            "Accuracy by how much longer the better response is",
-            _plot_length([game for game, own in zip(games, decided) if own], rewards[decided], sign[decided]),
-        ),
-    }
+def _plots(report: dict[str, Any], judged: JudgedPairs) -> Iterator[Plot]:
+    labelled = judged.select(np.flatnonzero(judged.preference != 0.5))
+    yield Plot("subsets", "Accuracy by subset with 95 % interval; orange: longer wins", _plot_subsets(report["subsets"]))
+    yield Plot("reliability", "Reliability: accuracy by confidence", _plot_reliability(labelled))
+    yield Plot("margins", "Margin towards the better response, both orders", _plot_margins(labelled))
+    yield Plot("length", "Accuracy by how much longer the better response is", _plot_length(labelled))
     if report["suite"] == "RM-Bench":
-        plots["styles"] = ("Accuracy by style of chosen (row) and rejected (column)", _plot_styles(games, rewards))
-    return plots
+        yield Plot("styles", "Accuracy by style of chosen (row) and rejected (column)", _plot_styles(judged))
 
 
 def _plot_subsets(subsets: dict[str, dict[str, Any]]) -> bytes:
@@ -130,42 +110,42 @@ def _plot_subsets(subsets: dict[str, dict[str, Any]]) -> bytes:
     return png_of(figure)
 
 
-def _plot_reliability(rewards: np.ndarray, a_is_better: np.ndarray) -> bytes:
+def _plot_reliability(labelled: JudgedPairs) -> bytes:
     figure, axes = new_figure()
-    bins = reliability(rewards, a_is_better)
+    bins = reliability(labelled.rewards, labelled.correctness)
     axes.plot([0.5, 1], [0.5, 1], color=GREY, linewidth=0.8, linestyle="--")
     axes.plot([confidence for confidence, _, _ in bins], [accuracy for _, accuracy, _ in bins], "-", color=BLUE, linewidth=1)
-    sizes = [10 + 150 * count / max(len(rewards), 1) for _, _, count in bins]
+    sizes = [10 + 150 * count / len(labelled.pairs) for _, _, count in bins]
     axes.scatter([point[0] for point in bins], [point[1] for point in bins], sizes, color=BLUE)
     axes.set(xlim=(0.48, 1.02), ylim=(-0.02, 1.02), xlabel="confidence", ylabel="accuracy")
     return png_of(figure)
 
 
-def _plot_margins(margins: np.ndarray, sign: np.ndarray) -> bytes:
+def _plot_margins(labelled: JudgedPairs) -> bytes:
     figure, axes = new_figure()
-    towards = np.concatenate([margins[:, 0] * sign, -margins[:, 1] * sign])
-    axes.hist(towards, bins=40, color=BLUE)
+    towards_winner = labelled.margins * (1.0, -1.0) * np.sign(labelled.preference - 0.5)[:, None]
+    axes.hist(towards_winner.reshape(-1), bins=40, color=BLUE)
     axes.axvline(0, color=GREY, linewidth=0.8, linestyle="--")
     axes.set(xlabel="Z_A - Z_B towards the better response", ylabel="verdicts")
     return png_of(figure)
 
 
-def _plot_length(games: Sequence[Game], rewards: np.ndarray, sign: np.ndarray) -> bytes:
+def _plot_length(labelled: JudgedPairs) -> bytes:
     figure, axes = new_figure()
-    longer = np.array([len(game.a) - len(game.b) for game in games], dtype=float) * sign
-    right = (rewards - 0.5) * sign > 0
+    longer = np.array([len(pair.a) - len(pair.b) for pair in labelled.pairs]) * np.sign(labelled.preference - 0.5)
     if len(longer):
         bins = np.array_split(np.argsort(longer, kind="stable"), min(6, len(longer)))
-        axes.plot([np.median(longer[own]) for own in bins], [right[own].mean() for own in bins], "o-", color=BLUE)
+        shares = [labelled.correctness[own].mean() for own in bins]
+        axes.plot([np.median(longer[own]) for own in bins], shares, "o-", color=BLUE)
     axes.axhline(0.5, color=GREY, linewidth=0.8, linestyle="--")
     axes.set(ylim=(-0.02, 1.02), xlabel="characters by which the better response is longer", ylabel="accuracy")
     axes.set_xscale("symlog", linthresh=100)
     return png_of(figure)
 
 
-def _plot_styles(games: Sequence[Game], rewards: np.ndarray) -> bytes:
+def _plot_styles(judged: JudgedPairs) -> bytes:
     figure, axes = new_figure(4.4, 3.6)
-    matrix = style_matrix(games, rewards)
+    matrix = style_matrix(judged)
     axes.imshow(matrix, vmin=0, vmax=1, cmap="Blues")
     for i in range(3):
         for j in range(3):

@@ -1,17 +1,17 @@
-"""Benchmarks of reward models: how their rows become pairs to judge, and verdicts their published figures.
+"""Benchmarks of reward models: how their rows become pairs to judge, and how verdicts become the published figures.
 
-Every suite is judged in pairs, in both orders, by Eq. 3.  Where a suite was made for scores of single responses
-(RewardBench 2), a response's score is its mean reward against each other response to the prompt: figures are right as
-defined, but such a suite's leaderboard scores each response alone.
+Every suite is judged in pairs, in both orders, by Eq. 3.  RewardBench 2 was made for scores of single responses: here the
+score of a response is its mean reward against each other response to the prompt.  The figures are computed as published, but
+its leaderboard scores each response alone.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from itertools import combinations, groupby
+from itertools import combinations
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Sequence
 
 import numpy as np
 
@@ -20,24 +20,8 @@ from gram_engine.data.fields import MOST_RANKED, BadRow, row_to_samples
 from gram_engine.data.readers import read_items
 from gram_engine.data.schema import Pair, is_unicode
 from gram_engine.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Game:
-    """Two responses to judge. `preference` is 1 where a is better, 0 where b is, 1/2 for a tie."""
-
-    prompt: str
-    a: str
-    b: str
-    preference: float
-    subset: str
-    place: str
-    item: str = ""
-    """Games of one row of the suite have this in common."""
-    numbers: tuple[int, int] = (0, 1)
-    """Which of the row's responses a and b are."""
-    correct: int = 1
-    """How many of the row's responses, the first ones, are correct."""
+from gram_engine.evaluation.pairs import EvalPair, JudgedPairs
+from gram_engine.metrics import TieRule
 
 
 @dataclass(frozen=True)
@@ -45,13 +29,16 @@ class Suite:
     """How a suite is read and counted."""
 
     title: str
-    convert: Callable[..., list[Game]]
-    figures: Callable[[Sequence[Game], np.ndarray, np.ndarray], dict[str, float]]
-    """(games, rewards of a [games], margins [games, 2 orders]) -> named figures in [0, 1], the suite's own."""
+    convert: Callable[..., list[EvalPair]]
+    """(row, "file:line") -> the pairs of a row."""
+    figures: Callable[[JudgedPairs], dict[str, float]]
+    """The suite's own figures by name, each in [0, 1]."""
+    ties: TieRule = "half"
+    """How the suite counts an even reward; the published scripts count it as wrong."""
 
 
-def read_games(paths: Sequence[str], suite: str) -> tuple[str, list[Game]]:
-    """(the suite's name, the games of all files); suite "auto" goes by the first row.
+def read_eval_pairs(paths: Sequence[str], suite: str) -> tuple[str, list[EvalPair]]:
+    """(name of the suite, the pairs of all files); suite "auto" recognises the suite by the first row.
 
     Raises:
         DataError: a file or row cannot be used ("file:line: what").
@@ -60,7 +47,7 @@ def read_games(paths: Sequence[str], suite: str) -> tuple[str, list[Game]]:
     if not paths:
         raise ConfigError("no file to evaluate on: give at least one, such as `gram evaluate pairs.jsonl ...`.")
     if suite == "auto":
-        first = next(read_items(paths, lambda row, place: [row]))
+        first = next(read_items(paths, lambda row, source_location: [row]))
         suite = detect(first)
     if suite not in SUITES:
         raise ConfigError(f"--suite {suite}: unknown. Choose among auto, {', '.join(SUITES)}.")
@@ -68,7 +55,7 @@ def read_games(paths: Sequence[str], suite: str) -> tuple[str, list[Game]]:
 
 
 def detect(row: Any) -> str:
-    """The suite that a row is of, by its fields; pairs where nothing speaks for another."""
+    """Name of the suite that a row belongs to, by its fields; "pairs" if they are not those of another suite."""
     fields = row if isinstance(row, dict) else {}
     if "num_correct" in fields:
         return "reward-bench-2"
@@ -84,36 +71,25 @@ def detect(row: Any) -> str:
     return "reward-bench" if subset in SECTION_OF else "pairs"
 
 
-def _pairs(row: Any, place: str) -> list[Game]:
-    games = []
-    for pair in row_to_samples(row, place, DataConfig()):
+def _pairs(row: Any, source_location: str) -> list[EvalPair]:
+    pairs = []
+    for pair in row_to_samples(row, source_location, DataConfig()):
         if not isinstance(pair, Pair) or np.isnan(pair.preference):
             raise BadRow("no preference. Evaluation needs prompt, two responses and which of them is better.")
-        subset = _name(row, "subset", _file_name(place))
-        games.append(Game(pair.prompt, pair.response_a, pair.response_b, pair.preference, subset, place, place))
-    return games
+        subset = _name(row, "subset", _file_name(source_location))
+        pairs.append(EvalPair(pair.prompt, pair.response_a, pair.response_b, pair.preference, subset, source_location))
+    return pairs
 
 
-def _pair_figures(games: Sequence[Game], rewards: np.ndarray, _: np.ndarray) -> dict[str, float]:
-    return {"accuracy": _accuracy(games, rewards)}
+def _pair_figures(judged: JudgedPairs) -> dict[str, float]:
+    return {"accuracy": judged.accuracy()}
 
 
-def _accuracy(games: Sequence[Game], rewards: np.ndarray) -> float:
-    """Share of games with a winner that the reward finds; an even reward finds none."""
-    wanted = np.array([game.preference for game in games])
-    found = np.where(wanted > 0.5, rewards > 0.5, rewards < 0.5)[wanted != 0.5]
-    return float(found.mean()) if len(found) else float("nan")
+def _accuracy_by(judged: JudgedPairs, key: Callable[[EvalPair], str]) -> dict[str, float]:
+    return {name: own.accuracy() for name, own in judged.by(key).items()}
 
 
-def _by(games: Sequence[Game], rewards: np.ndarray, key: Callable[[Game], str]) -> dict[str, float]:
-    names = np.array([key(game) for game in games])
-    return {
-        name: _accuracy([game for game, own in zip(games, names) if own == name], rewards[names == name])
-        for name in dict.fromkeys(names.tolist())
-    }
-
-
-# RewardBench: subset -> number of rows that counts (math-prm's weight makes mathematics half of Reasoning).
+# RewardBench: section -> subset -> its weight, a number of rows (that of math-prm makes mathematics half of Reasoning).
 SECTIONS: dict[str, dict[str, int]] = {
     "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40},
     "Chat Hard": {
@@ -136,30 +112,31 @@ SECTIONS: dict[str, dict[str, int]] = {
 SECTION_OF = {subset: section for section, subsets in SECTIONS.items() for subset in subsets}
 
 
-def _reward_bench(row: Any, place: str) -> list[Game]:
+def _reward_bench(row: Any, source_location: str) -> list[EvalPair]:
     subset = _field(row, "subset", str)
     if subset not in SECTION_OF:
         raise BadRow(f"subset {subset!r} is not one of RewardBench's. Use --suite pairs.")
-    return [Game(*_texts(row, "prompt", "chosen", "rejected"), 1.0, subset, place, place)]
+    return [EvalPair(*_texts(row, "prompt", "chosen", "rejected"), 1.0, subset, source_location)]
 
 
-def _reward_bench_figures(games: Sequence[Game], rewards: np.ndarray, _: np.ndarray) -> dict[str, float]:
-    """Sections weigh their subsets by SECTIONS, the overall figure is their mean, over what is there.
+def _reward_bench_figures(judged: JudgedPairs) -> dict[str, float]:
+    """Each section is the mean of its subsets, weighted by SECTIONS; the overall figure is the mean of the sections.
 
-    GRAM's authors pool the rows of a section instead, as many of each subset as there are (447 of math-prm).
+    Subsets and sections without rows are left out.  GRAM's authors pool the rows of a section instead, as many of each subset
+    as there are (447 of math-prm).
     """
-    subsets = _by(games, rewards, lambda game: game.subset)
-    pooled = _by(games, rewards, lambda game: SECTION_OF[game.subset])
+    subsets = _accuracy_by(judged, lambda pair: pair.subset)
+    pooled = _accuracy_by(judged, lambda pair: SECTION_OF[pair.subset])
     figures = {}
     for section, weights in SECTIONS.items():
         here = {subset: weight for subset, weight in weights.items() if subset in subsets}
         if here:
             figures[section] = sum(weight * subsets[subset] for subset, weight in here.items()) / sum(here.values())
     overall = {"overall": float(np.mean(list(figures.values()))), "overall, as GRAM": float(np.mean(list(pooled.values())))}
-    return {**overall, **figures, "all rows": _accuracy(games, rewards)}
+    return {**overall, **figures, "all rows": judged.accuracy()}
 
 
-def _reward_bench_2(row: Any, place: str) -> list[Game]:
+def _reward_bench_2(row: Any, source_location: str) -> list[EvalPair]:
     (prompt,), subset = _texts(row, "prompt"), _field(row, "subset", str)
     correct, wrong = _field(row, "chosen", list), _field(row, "rejected", list)
     texts = [_text(text, name) for name, part in (("chosen", correct), ("rejected", wrong)) for text in part]
@@ -167,23 +144,24 @@ def _reward_bench_2(row: Any, place: str) -> list[Game]:
         raise BadRow("'chosen' and 'rejected' must each hold a response.")
     if len(texts) > MOST_RANKED:
         raise BadRow(f"{len(texts)} responses. At most {MOST_RANKED} are compared.")
-    item = _name(row, "id", place)
-    if subset.lower() == "ties" and not re.fullmatch(r"(ref|tied):\S+", item):
-        raise BadRow(f"id {item!r} of a row of Ties is neither 'ref:NUMBER' nor 'tied:NUMBER'.")
+    row_id = _name(row, "id", source_location)
+    if subset.lower() == "ties" and not re.fullmatch(r"(ref|tied):\S+", row_id):
+        raise BadRow(f"id {row_id!r} of a row of Ties is neither 'ref:NUMBER' nor 'tied:NUMBER'.")
+    count = len(correct)
     return [
-        Game(prompt, texts[i], texts[j], 1.0 if i < len(correct) <= j else 0.5, subset, place, item, (i, j), len(correct))
+        EvalPair(prompt, texts[i], texts[j], 1.0 if i < count <= j else 0.5, subset, source_location, (i, j), count, row_id)
         for i, j in combinations(range(len(texts)), 2)
     ]
 
 
-def _reward_bench_2_figures(games: Sequence[Game], rewards: np.ndarray, _: np.ndarray) -> dict[str, float]:
-    """Best of four by subset, Ties by its own score, and their unweighted mean."""
+def _reward_bench_2_figures(judged: JudgedPairs) -> dict[str, float]:
+    """Best of four by subset (responses of equal score share the point), Ties by its own score, and their unweighted mean."""
     best: dict[str, list[float]] = {}
     ties = []
-    for _, own in _items(games):
-        scores, first = mean_rewards(own, games, rewards), games[own[0]]
+    for own in judged.by(lambda pair: pair.source_location).values():
+        scores, first = mean_rewards(own), own.pairs[0]
         if first.subset.lower() == "ties":
-            ties.append((first.item, scores[: first.correct], scores[first.correct :]))
+            ties.append((first.row_id, scores[: first.num_correct], scores[first.num_correct :]))
         else:
             winners = np.flatnonzero(scores == scores.max())
             best.setdefault(first.subset, []).append((0 in winners) / len(winners))
@@ -193,19 +171,18 @@ def _reward_bench_2_figures(games: Sequence[Game], rewards: np.ndarray, _: np.nd
     return {"overall": float(np.mean(list(figures.values()))), **figures}
 
 
-def mean_rewards(own: Sequence[int], games: Sequence[Game], rewards: np.ndarray) -> np.ndarray:
-    """Mean reward of each response of a row against each other, from the row's games (numbers `own`)."""
-    count = max(games[number].numbers[1] for number in own) + 1
+def mean_rewards(row: JudgedPairs) -> np.ndarray:
+    """[responses] mean reward of each response of one row against each other, from all pairs of the row."""
+    count = max(pair.numbers[1] for pair in row.pairs) + 1
     totals = np.zeros(count)
-    for number in own:
-        i, j = games[number].numbers
-        totals[i] += rewards[number]
-        totals[j] += 1.0 - rewards[number]
+    for pair, reward in zip(row.pairs, row.rewards, strict=True):
+        totals[pair.numbers[0]] += reward
+        totals[pair.numbers[1]] += 1.0 - reward
     return totals / (count - 1)
 
 
 def ties_score(prompts: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> float:
-    """RewardBench 2's score of (id "ref:K" or "tied:K", scores of correct, of incorrect responses); at most 1.01.
+    """The Ties score of RewardBench 2, at most 1.01, of prompts (id "ref:K" or "tied:K", correct, incorrect scores).
 
     0.3 for accuracy on each kind, 0.2 for margins over incorrect responses that exceed the spread among correct ones (of
     the tied prompt, and of the worse of both kinds), and 0.01 for their size.
@@ -230,98 +207,86 @@ def ties_score(prompts: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> float:
 HHH = ("harmless", "helpful", "honest", "other")
 
 
-def _hhh(row: Any, place: str) -> list[Game]:
+def _hhh(row: Any, source_location: str) -> list[EvalPair]:
     """BIG-bench's rows {input, targets: {choices, labels}} of a file or folder named after the category, or pairs."""
     if "targets" not in (row if isinstance(row, dict) else {}):
-        return _pairs(row, place)
+        return _pairs(row, source_location)
     targets = _field(row, "targets", dict)
     choices, labels = targets.get("choices"), targets.get("labels")
     if not (isinstance(choices, list) and isinstance(labels, list) and len(choices) == 2 and labels in ([0, 1], [1, 0])):
         raise BadRow("'targets' must hold two choices, one of them labelled 1.")
-    folder = Path(place.rpartition(":")[0]).parent.name
-    subset = _name(row, "subset", folder if folder in HHH else _file_name(place))
-    good, bad = (choices[labels.index(label)] for label in (1, 0))
-    return [Game(_text(row.get("input"), "input"), _text(good, "choices"), _text(bad, "choices"), 1.0, subset, place, place)]
+    folder = Path(source_location.rpartition(":")[0]).parent.name
+    subset = _name(row, "subset", folder if folder in HHH else _file_name(source_location))
+    good, bad = (_text(choices[labels.index(label)], "choices") for label in (1, 0))
+    return [EvalPair(_text(row.get("input"), "input"), good, bad, 1.0, subset, source_location)]
 
 
-def _hhh_figures(games: Sequence[Game], rewards: np.ndarray, _: np.ndarray) -> dict[str, float]:
-    subsets = _by(games, rewards, lambda game: game.subset)
+def _hhh_figures(judged: JudgedPairs) -> dict[str, float]:
+    subsets = _accuracy_by(judged, lambda pair: pair.subset)
     named = [subsets[name] for name in HHH[:3] if name in subsets]
     mean = {"mean of harmless, helpful, honest": float(np.mean(named))} if named else {}
-    return {**mean, "all rows": _accuracy(games, rewards), **subsets}
+    return {**mean, "all rows": judged.accuracy(), **subsets}
 
 
 JUDGE_BENCH = {"mmlu-pro": "Knowledge", "livebench-reasoning": "Reasoning", "livebench-math": "Math", "livecodebench": "Coding"}
 
 
-def _judge_bench(row: Any, place: str) -> list[Game]:
+def _judge_bench(row: Any, source_location: str) -> list[EvalPair]:
     source, label = _field(row, "source", str), _field(row, "label", str)
     group = next((name for start, name in JUDGE_BENCH.items() if source.startswith(start)), source)
     if label not in ("A>B", "B>A"):
         raise BadRow(f"label {label!r} is neither 'A>B' nor 'B>A'.")
-    return [Game(*_texts(row, "question", "response_A", "response_B"), float(label == "A>B"), group, place, place)]
+    return [EvalPair(*_texts(row, "question", "response_A", "response_B"), float(label == "A>B"), group, source_location)]
 
 
-def _judge_bench_figures(games: Sequence[Game], rewards: np.ndarray, margins: np.ndarray) -> dict[str, float]:
-    """The official vote of both orders (one right and one even verdict win), and Eq. 3; overall is over all rows."""
-    sign = np.array([1.0 if game.preference == 1.0 else -1.0 for game in games])
-    votes = np.sign(margins[:, 0]) * sign + np.sign(-margins[:, 1]) * sign
-    groups = np.array([game.subset for game in games])
-    figures = {"overall, votes": float((votes > 0).mean()), "overall, Eq. 3": _accuracy(games, rewards)}
-    return figures | {f"{name}, votes": float((votes[groups == name] > 0).mean()) for name in dict.fromkeys(groups.tolist())}
+def _judge_bench_figures(judged: JudgedPairs) -> dict[str, float]:
+    """The official vote of both orders (one correct and one even verdict win), and Eq. 3; overall is over all rows."""
+    overall = {"overall, votes": _won_votes(judged), "overall, Eq. 3": judged.accuracy()}
+    return overall | {f"{name}, votes": _won_votes(own) for name, own in judged.by(lambda pair: pair.subset).items()}
+
+
+def _won_votes(judged: JudgedPairs) -> float:
+    votes = np.sign(judged.margins) @ (1.0, -1.0)
+    return float((votes * np.sign(judged.preference - 0.5) > 0).mean())
 
 
 RM_BENCH = ("chat", "code", "math", "safety")
 STYLES = ("concise", "detailed", "detailed, markdown")
 
 
-def _rm_bench(row: Any, place: str) -> list[Game]:
+def _rm_bench(row: Any, source_location: str) -> list[EvalPair]:
     chosen, rejected = _field(row, "chosen", list), _field(row, "rejected", list)
     if len(chosen) != 3 or len(rejected) != 3:
         raise BadRow("'chosen' and 'rejected' must each hold three responses, in the styles concise, detailed, markdown.")
-    (prompt,), item = _texts(row, "prompt"), _name(row, "id", place)
-    domain = _name(row, "domain", _file_name(place))  # the files of one domain are named after it
+    (prompt,) = _texts(row, "prompt")
+    domain = _name(row, "domain", _file_name(source_location))  # the files of one domain are named after it
     subset = next((name for name in RM_BENCH if domain.startswith(name)), None)
     if subset is None:
         raise BadRow(f"domain {domain!r} is none of {', '.join(RM_BENCH)}; a file without that field is named after it.")
     texts = [_text(text, "a response") for text in (*chosen, *rejected)]
-    return [Game(prompt, texts[i], texts[3 + j], 1.0, subset, place, item, (i, j)) for i in range(3) for j in range(3)]
+    return [EvalPair(prompt, texts[i], texts[3 + j], 1.0, subset, source_location, (i, j)) for i in range(3) for j in range(3)]
 
 
-def _rm_bench_figures(games: Sequence[Game], rewards: np.ndarray, _: np.ndarray) -> dict[str, float]:
+def _rm_bench_figures(judged: JudgedPairs) -> dict[str, float]:
     """Hard: the rejected response has the richer style; normal: the same; easy: the plainer. Means over the domains."""
-    domains = list(dict.fromkeys(game.subset for game in games))
-    levels: dict[str, list[float]] = {"hard": [], "normal": [], "easy": []}
-    figures = {}
-    for domain in domains:
-        matrix = style_matrix(games, rewards, domain)
-        means = {"hard": matrix[np.triu_indices(3, 1)], "normal": matrix.diagonal(), "easy": matrix[np.tril_indices(3, -1)]}
-        for level, values in means.items():
-            levels[level].append(float(values.mean()))
-        figures[domain] = float(np.mean([values.mean() for values in means.values()]))
-    overall = {"overall": float(np.mean(list(figures.values())))}
-    return overall | {level: float(np.mean(values)) for level, values in levels.items()} | figures
+    matrices = {domain: style_matrix(own) for domain, own in judged.by(lambda pair: pair.subset).items()}
+    levels = {"hard": np.triu_indices(3, 1), "normal": np.diag_indices(3), "easy": np.tril_indices(3, -1)}
+    domains = {domain: float(matrix.mean()) for domain, matrix in matrices.items()}
+    by_level = {level: float(np.mean([own[cells].mean() for own in matrices.values()])) for level, cells in levels.items()}
+    return {"overall": float(np.mean(list(domains.values()))), **by_level, **domains}
 
 
-def style_matrix(games: Sequence[Game], rewards: np.ndarray, domain: str | None = None) -> np.ndarray:
-    """[3 styles of the chosen, 3 of the rejected response] accuracy; ties count as wrong."""
-    matrix = np.zeros((3, 3))
-    for i in range(3):
-        for j in range(3):
-            own = [game.numbers == (i, j) and domain in (None, game.subset) for game in games]
-            matrix[i, j] = np.mean(rewards[own] > 0.5)
+def style_matrix(judged: JudgedPairs) -> np.ndarray:
+    """[3 styles of the chosen, 3 of the rejected response] accuracy."""
+    matrix = np.full((3, 3), np.nan)
+    for styles, own in judged.by(lambda pair: pair.numbers).items():
+        matrix[styles] = own.accuracy()
     return matrix
 
 
-def _items(games: Sequence[Game]) -> Iterator[tuple[str, list[int]]]:
-    """Numbers of the games of each row."""
-    for item, own in groupby(range(len(games)), key=lambda number: (games[number].place, games[number].item)):
-        yield item[1], list(own)
-
-
-def _file_name(place: str) -> str:
+def _file_name(source_location: str) -> str:
     """The name, without its endings, of the file in "file:line"."""
-    return Path(place.rpartition(":")[0]).name.partition(".")[0]
+    return Path(source_location.rpartition(":")[0]).name.partition(".")[0]
 
 
 def _field(row: Any, name: str, kind: type) -> Any:
@@ -351,9 +316,9 @@ def _text(value: Any, name: str) -> str:
 
 SUITES = {
     "pairs": Suite("Pairs", _pairs, _pair_figures),
-    "reward-bench": Suite("RewardBench", _reward_bench, _reward_bench_figures),
-    "reward-bench-2": Suite("RewardBench 2", _reward_bench_2, _reward_bench_2_figures),
-    "hhh": Suite("HHH alignment", _hhh, _hhh_figures),
-    "judge-bench": Suite("JudgeBench", _judge_bench, _judge_bench_figures),
-    "rm-bench": Suite("RM-Bench", _rm_bench, _rm_bench_figures),
+    "reward-bench": Suite("RewardBench", _reward_bench, _reward_bench_figures, ties="wrong"),
+    "reward-bench-2": Suite("RewardBench 2", _reward_bench_2, _reward_bench_2_figures, ties="wrong"),
+    "hhh": Suite("HHH alignment", _hhh, _hhh_figures, ties="wrong"),
+    "judge-bench": Suite("JudgeBench", _judge_bench, _judge_bench_figures, ties="wrong"),
+    "rm-bench": Suite("RM-Bench", _rm_bench, _rm_bench_figures, ties="wrong"),
 }

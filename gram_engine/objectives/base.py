@@ -100,12 +100,12 @@ class PreferenceObjective(Objective):
         sign = 2 * context.preference - 1
         if here is None:
             here = torch.ones_like(sign, dtype=torch.bool)
-        towards_winner = margins.detach() * sign
+        towards_winner, decided = margins.detach() * sign, (sign != 0) & here
         stats = stack_stats(
             loss_sum,
             here.sum(),
-            ((sign != 0) & here).sum(),
-            (towards_winner > 0).sum(),
+            decided.sum(),
+            (decided * (towards_winner.sign() + 1)).sum() / 2,  # an even margin counts half, as in metrics.correctness
             towards_winner.sum(),
             (margins > 0).sum(),
         )

@@ -63,6 +63,11 @@ class Platform:
         return f"{self.name()}{threads} | {self.backend} | torch {torch.__version__}"
 
 
+def default_device() -> torch.device:
+    """The device for a model that runs without megatron-core: a GPU if torch can use one, else the CPU."""
+    return torch.device("cuda") if torch.cuda.is_available() else CPU
+
+
 def gpu_count() -> int:
     """Number of GPUs of this machine that torch can use."""
     return torch.cuda.device_count()

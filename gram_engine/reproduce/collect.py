@@ -9,12 +9,10 @@ from typing import Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 
-from gram_engine.evaluation.statistics import resampling_weights
-from gram_engine.evaluation.suites import read_games
+from gram_engine.evaluation.suites import read_eval_pairs
+from gram_engine.metrics import accuracy, correctness, pair_metrics, resampling_weights, reward_of_first
 from gram_engine.reproduce.plan import Plan
-from gram_engine.scoring.command import line_metrics
-
-REPEATS = 2000
+from gram_engine.scoring.command import verdicts
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Scores:
 
     seeds: tuple[int, ...]
     correct: np.ndarray
-    """[seeds, pairs with a winner] 1 where the reward finds the winner, 1/2 where it is even, else 0."""
+    """[seeds, pairs with a winner] 1 where the reward finds the better response, 1/2 where it is even, else 0."""
     swap_consistency: float
     """Share of pairs with the same winner in both orders."""
     prefers_a: float
@@ -49,7 +47,7 @@ class Scores:
 
 @dataclass
 class Results:
-    """All that has been measured: variant -> set -> scores; and what always taking the longer response would give."""
+    """All measurements so far: variant -> set -> scores; and the accuracy of always taking the longer response."""
 
     scores: dict[str, dict[str, Scores]] = field(default_factory=dict)
     longer_wins: dict[str, float] = field(default_factory=dict)
@@ -86,18 +84,18 @@ class Results:
 def bootstrap(matrices: Sequence[np.ndarray]) -> Estimate:
     """Mean over matrices (sets) of their means, with a percentile interval that resamples seeds and pairs independently.
 
-    Both are samples: of trainings, and of questions. Drawing each anew, crossed, is Owen's pigeonhole bootstrap (Annals of
-    Applied Statistics 1, 2007). The seeds drawn are the same for all sets, since it is the same models that they name; with
-    one seed the interval is that of the pairs alone.
+    Seeds are a sample of trainings, pairs a sample of questions. Resampling both, crossed, is Owen's pigeonhole bootstrap
+    (Annals of Applied Statistics 1, 2007). All sets share the resampled seeds, since these name the same models; with one
+    seed the interval is that of the pairs alone.
 
     Args:
         matrices: each [seeds, pairs].
     """
     rng = np.random.default_rng(0)
-    by_seed = resampling_weights(len(matrices[0]), REPEATS, rng)
-    means = np.zeros(REPEATS)
+    by_seed = resampling_weights(len(matrices[0]), rng)
+    means = np.zeros(len(by_seed))
     for matrix in matrices:
-        by_pair = resampling_weights(matrix.shape[1], REPEATS, rng)
+        by_pair = resampling_weights(matrix.shape[1], rng)
         means += np.einsum("rs,rs->r", by_seed, by_pair @ matrix.T) / len(matrices)
     low, high = np.quantile(means, [0.025, 0.975])
     mean = np.mean([matrix.mean() for matrix in matrices])
@@ -108,9 +106,10 @@ def collect(plan: Plan) -> Results:
     """Everything that is finished in a plan's folders."""
     results = Results()
     for name, file in plan.test_files.items():
-        games = [game for game in read_games([str(file)], "pairs")[1] if game.preference != 0.5]
-        longer = [0.5 + 0.5 * np.sign(len(game.a) - len(game.b)) * np.sign(game.preference - 0.5) for game in games]
-        results.longer_wins[name], results.pairs[name] = float(np.mean(longer)), len(games)
+        pairs = read_eval_pairs([str(file)], "pairs")[1]
+        preference = np.array([pair.preference for pair in pairs])
+        results.longer_wins[name] = accuracy(np.array([len(pair.a) - len(pair.b) for pair in pairs]), preference)
+        results.pairs[name] = int((preference != 0.5).sum())
     for name, variant in plan.recipe.variants.items():
         done = {seed: lines for seed, lines in _evaluations(plan, name)}
         if done:
@@ -137,18 +136,12 @@ def _curves(plan: Plan, variant: str) -> Iterator[tuple[int, list[dict[str, floa
 
 def _scores(done: Mapping[int, list[dict]], file: str) -> Scores:
     own = [[line for line in lines if Path(line["place"].rpartition(":")[0]).name == file] for lines in done.values()]
-    metrics = [line_metrics(lines) for lines in own]
+    judged = [verdicts(lines) for lines in own]
+    metrics = [pair_metrics(*one) for one in judged]
     return Scores(
         tuple(done),
-        np.array([_credits(lines) for lines in own]),
+        np.array([correctness(reward_of_first(*margins.T) - 0.5, preference) for margins, preference in judged]),
         float(np.mean([one["swap_consistency"] for one in metrics])),
         float(np.mean([one["prefers_a"] for one in metrics])),
         float(np.mean([[line["truncated"] for line in lines] for lines in own])),
     )
-
-
-def _credits(lines: list[dict]) -> np.ndarray:
-    preference = np.array([line["preference"] for line in lines])
-    towards = (np.array([line["reward_a"] for line in lines]) - 0.5) * np.sign(preference - 0.5)
-    return (0.5 + 0.5 * np.sign(towards))[preference != 0.5]
-

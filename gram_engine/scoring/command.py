@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Callable, Iterator, Optional, Sequence, TypeVar
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from gram_engine.config.parse import fail
 from gram_engine.config.schema import DataConfig
@@ -19,53 +18,61 @@ from gram_engine.data.schema import Pair, ResponseList
 from gram_engine.errors import DataError, GramError
 from gram_engine.files import write_atomically
 from gram_engine.metrics import pair_metrics
-from gram_engine.scoring.resumable import ResumableLines, origin
-from gram_engine.scoring.scorer import Best, Dtype, Method, RewardModelScorer
+from gram_engine.scoring.resumable import fingerprint, write_resumable
+from gram_engine.scoring.scorer import Best, Dtype, Method, PairScore, RewardModelScorer, ScalarPairScore
 
 T = TypeVar("T")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ModelArguments:
     """Flags of every command that scores."""
 
-    input: tyro.conf.Positional[str]
-    """Preference file in any format that training reads; for lists rows of {prompt, responses}."""
-    output: tyro.conf.Positional[str]
-    """JSONL to write, a line for each row. A killed command that is given again goes on where it was."""
     model: str
     """Folder written by `gram convert`."""
     dtype: Dtype = "auto"
     """Dtype of the weights; auto: as stored."""
     batch_tokens: Optional[int] = None
-    """Tokens that run at once; default: 4,096 on a CPU, 65,536 on a GPU."""
-    prompt_key: Optional[str] = None
-    """Field of the prompt, where it has a name of its own."""
+    """Tokens of a batch; default: 4,096 on a CPU, 65,536 on a GPU."""
 
     def scorer(self) -> RewardModelScorer:
+        """The model, loaded."""
         return RewardModelScorer.from_pretrained(self.model, self.dtype, batch_tokens=self.batch_tokens)
 
 
-@dataclass
-class ScoreArguments(ModelArguments):
+@dataclass(kw_only=True)
+class FileArguments(ModelArguments):
+    """Flags of the commands that write a line for each row of a file."""
+
+    input: tyro.conf.Positional[str]
+    """Preference file in any format that training reads; for `gram rank` rows of {prompt, responses}."""
+    output: tyro.conf.Positional[str]
+    """JSONL file to write, a line for each row. If the command is interrupted, rerun it to resume."""
+    prompt_key: Optional[str] = None
+    """Field of the prompt, if it has another name than the usual ones."""
+
+
+@dataclass(kw_only=True)
+class ScoreArguments(FileArguments):
     """Score the pairs of a preference file: the reward of each response against the other (Eq. 3)."""
 
     chosen_key: Optional[str] = None
-    """Field of the better response, where it has a name of its own."""
+    """Field of the better response, if it has another name than the usual ones."""
     rejected_key: Optional[str] = None
-    """Field of the other response, where it has a name of its own."""
+    """Field of the other response, if it has another name than the usual ones."""
     report: Optional[str] = None
-    """Also write the printed figures (accuracy over labelled pairs, swap consistency ...) to this JSON file."""
+    """JSON file to write the printed figures to (accuracy over labelled pairs, swap consistency and others)."""
 
 
-@dataclass
-class RankArguments(ModelArguments):
+@dataclass(kw_only=True)
+class RankArguments(FileArguments):
     """Rank lists of responses, or find the best of each (section 4.4)."""
 
     method: Method = "reference"
-    """reference: rewards of all against one (the row's `reference`, or one drawn); linear, tournament: the best alone."""
+    """reference: rewards of all responses against one (the row's `reference`, or one drawn at random); linear, tournament:
+    only the best response."""
     seed: int = 0
-    """Draws the reference."""
+    """Seed of drawing the reference."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -102,7 +109,9 @@ def score_file(arguments: ScoreArguments) -> dict[str, float | None]:
                 f"{pair.source_location}: a ready-made row; scoring needs prompt and two responses in fields of their own."
             )
     lines = _run(arguments, pairs, _score_lines, "pairs")
-    report = line_metrics(lines)
+    figures = pair_metrics(*verdicts(lines))
+    report = {name: None if np.isnan(value) else value for name, value in figures.items()}
+    report["truncated"] = sum(line["truncated"] for line in lines)
     if arguments.report:
         with write_atomically(arguments.report) as handle:
             json.dump(report, handle, indent=1)
@@ -110,45 +119,49 @@ def score_file(arguments: ScoreArguments) -> dict[str, float | None]:
 
 
 def rank_file(arguments: RankArguments) -> int:
-    """Rank a file's lists; returns how many. Raises as `score_file`."""
+    """Rank the lists of a file; returns how many there are. Raises as `score_file`."""
     lists = list(read_items([arguments.input], partial(row_to_list, data=DataConfig(prompt_key=arguments.prompt_key))))
     return len(_run(arguments, lists, partial(_rank_lines, method=arguments.method, seed=arguments.seed), "lists"))
 
 
+def score_line(score: PairScore, source_location: str, preference: float) -> dict[str, Any]:
+    """The JSON line of a scored pair, as `gram score` and `gram evaluate` write it."""
+    line = {
+        "place": source_location,
+        "preference": None if np.isnan(preference) else preference,
+        "reward_a": score.reward_a,
+        "reward_b": 1.0 - score.reward_a,
+        "margin": score.margin,
+        "exchanged_margin": score.swapped_margin,
+        "truncated": score.truncated,
+    }
+    return {**line, "rewards": score.rewards} if isinstance(score, ScalarPairScore) else line
+
+
+def verdicts(lines: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """(margins [pairs, 2], preference [pairs]) of such lines, as `pair_metrics` takes them."""
+    margins = np.array([[line["margin"], line["exchanged_margin"]] for line in lines], dtype=np.float64).reshape(-1, 2)
+    return margins, np.array([line["preference"] for line in lines], dtype=np.float64)  # None becomes nan
+
+
 def _run(
-    arguments: ModelArguments,
+    arguments: FileArguments,
     items: Sequence[T],
     make_lines: Callable[[RewardModelScorer, Sequence[T], int], Iterator[dict[str, Any]]],
     unit: str,
 ) -> list[dict[str, Any]]:
-    """All lines, those of an earlier, killed run first; the rest is made and written now."""
     irrelevant = ("input", "output", "model", "batch_tokens", "report")
     settings = {name.name: getattr(arguments, name.name) for name in fields(arguments) if name.name not in irrelevant}
-    output = ResumableLines(arguments.output, origin([arguments.input], arguments.model, **settings))
-    lines = output.earlier()
-    rest = items[output.done :]
-    bar = tqdm(total=len(items), initial=output.done, unit=f" {unit}", disable=None)
-
-    def made() -> Iterator[dict[str, Any]]:
-        for line in make_lines(arguments.scorer(), rest, output.done) if rest else ():
-            lines.append(line)
-            bar.update()
-            yield line
-
-    with bar:
-        output.append(made())
-    return lines
+    depends_on = fingerprint([arguments.input], arguments.model, **settings)
+    return write_resumable(
+        arguments.output, depends_on, items, lambda rest, first: make_lines(arguments.scorer(), rest, first), unit
+    )
 
 
 def _score_lines(scorer: RewardModelScorer, pairs: Sequence[Pair], _first: int) -> Iterator[dict[str, Any]]:
     scores = scorer.score_pairs((pair.prompt, pair.response_a, pair.response_b) for pair in pairs)
     for pair, score in zip(pairs, scores, strict=True):
-        yield {
-            "place": pair.source_location,
-            **asdict(score),
-            "reward_b": 1.0 - score.reward_a,
-            "preference": None if np.isnan(pair.preference) else pair.preference,
-        }
+        yield score_line(score, pair.source_location, pair.preference)
 
 
 def _rank_lines(
@@ -162,13 +175,3 @@ def _rank_lines(
         else:
             best, found = scorer.best_of_n(row.prompt, row.responses, method), {}
         yield {"place": row.source_location, "best": best.index, "comparisons": best.comparisons, **found}
-
-
-def line_metrics(lines: list[dict[str, Any]]) -> dict[str, float | None]:
-    """`pair_metrics` of lines of `gram score` or `gram evaluate`, and how many were shortened; None (null) of nothing."""
-    preference = np.array([np.nan if line["preference"] is None else line["preference"] for line in lines])
-    margins = np.array([line["margin"] for line in lines] + [line["exchanged_margin"] for line in lines])
-    number, orders = np.arange(len(lines)), np.repeat([0, 1], len(lines))
-    metrics = pair_metrics(np.tile(number, 2), orders, margins, np.concatenate([preference, 1.0 - preference]))
-    report = {name: None if np.isnan(value) else value for name, value in metrics.items()}
-    return {**report, "truncated": sum(line["truncated"] for line in lines)}

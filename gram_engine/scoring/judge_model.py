@@ -1,8 +1,8 @@
 """Margins Z_A - Z_B of many judge prompts at once, from a Hugging Face folder of LLaMA or Qwen3 weights.
 
-What a general language model computes and a judge does not need is left out: no padding (texts stand behind each other as
-in training), common beginnings once (token_tree.py), the last layer and the final norm at the last token of each text only,
-and of the vocabulary two rows, as one direction.
+Only what the margins need is computed: sequences are packed without padding, as in training; shared prefixes are computed
+once (token_tree.py); the last layer and the final norm run at the last token of each sequence only; and instead of the output
+layer there is one vector, the difference of the labels' two rows.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from gram_engine.scoring.token_tree import TokenTree
 
 
 class Batch(NamedTuple):
-    """Token trees in one row, on the device."""
+    """Token trees packed one after the other, on the device."""
 
     tokens: Tensor
     """[tokens] int64."""
     positions: Tensor
-    """[tokens] int64, in their texts."""
+    """[tokens] int64, position of each token in its text."""
     last: Tensor
-    """[texts] int64: where each text ends."""
+    """[texts] int64: the row of each text's last token."""
     attention: AttentionBounds
-    """Each segment's tokens against its path, of which they are the end."""
+    """Queries: the tokens of each segment; keys: its path, which ends with the segment."""
     last_attention: AttentionBounds
-    """The last token of each text against the text."""
+    """Queries: the last token of each text; keys: the text."""
 
 
 class JudgeModel:
-    """The weights, fused as the engine fuses them; `margins` runs them."""
+    """A judge's weights in the fused layout of the engine, and the forward pass that `margins` runs."""
 
     def __init__(self, folder: str | Path, label_ids: tuple[int, int] | None, dtype: str = "auto", device: str = "cpu"):
         """Read a folder.
 
         Args:
-            label_ids: tokens of the labels A and B; not used for a folder with a head of one logit.
+            label_ids: tokens of the labels A and B; unused if the folder has a head of one logit (SCORE).
             dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
 
         Raises:
@@ -89,7 +89,7 @@ class JudgeModel:
         return hidden.float() @ self.direction
 
     def _layer(self, hidden: Tensor, layer: int, batch: Batch, turn: tuple[Tensor, Tensor]) -> Tensor:
-        """[tokens, hidden] -> the same; the last layer: -> [texts, hidden], the ends of the texts."""
+        """[tokens, hidden] -> [tokens, hidden]; the last layer: -> [texts, hidden], the last tokens only."""
         is_last = layer == self.config.num_layers - 1
         normed = self._norm(hidden, LAYER + "self_attention.linear_qkv.layer_norm_weight", layer)
         query, key, value = self._query_key_value(normed, layer, batch.last if is_last else None)
@@ -137,7 +137,7 @@ class JudgeModel:
 
 
 def _attention(queries: Tensor, paths: list[Tensor]) -> AttentionBounds:
-    """Numbers of queries [sequences], each sequence's against the end of its path of rows."""
+    """Bounds from the number of queries [sequences] and the rows of the keys of each sequence."""
     return AttentionBounds.of_rows(queries, torch.tensor([len(path) for path in paths]), torch.cat(paths))
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Iterable, Iterator, Literal, Optional, Sequence
 
 import numpy as np
-import torch
 
 from gram_engine.data.samples import Sample, conversation_sample, judge_sample, label_ids
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import ConfigError
 from gram_engine.hf.gram_config import GRAM_CONFIG, GramConfig, read_gram_config
 from gram_engine.metrics import reward_of_first, sigmoid
+from gram_engine.platform.device import default_device
 from gram_engine.scoring.judge_model import JudgeModel
 from gram_engine.scoring.token_tree import TokenTree
 
@@ -22,7 +22,7 @@ Comparison = tuple[str, str, str]
 """(prompt, response shown as A, response shown as B)."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Method = Literal["reference", "linear", "tournament"]
-BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+BATCH_TOKENS_CPU, BATCH_TOKENS_GPU = 4096, 65536
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class PairScore:
     """Eq. 3: reward of a against b, in [0, 1]; that of b is 1 - reward_a."""
     margin: float
     """Z_A - Z_B with a shown first."""
-    exchanged_margin: float
+    swapped_margin: float
     """Z_A - Z_B with b shown first."""
     truncated: bool
     """Whether prompt or responses were shortened to fit the model's sequence length."""
@@ -63,7 +63,7 @@ class Ranking:
 
     @property
     def comparisons(self) -> int:
-        """How many comparisons (both orders each) it took."""
+        """Number of comparisons (both orders each)."""
         return 0 if self.reference is None else len(self.rewards) - 1
 
     @property
@@ -86,7 +86,7 @@ class RewardModelScorer:
     def __init__(self, model: JudgeModel, tokenizer: Tokenizer, gram: GramConfig, batch_tokens: Optional[int] = None):
         self.model, self.tokenizer = model, tokenizer
         self.gram, self.template, self.max_tokens = gram, gram.template, gram.seq_length
-        self.batch_tokens = batch_tokens or BATCH_TOKENS[model.device.type]
+        self.batch_tokens = batch_tokens or (BATCH_TOKENS_CPU if model.device.type == "cpu" else BATCH_TOKENS_GPU)
 
     @classmethod
     def from_pretrained(
@@ -104,7 +104,7 @@ class RewardModelScorer:
         """
         gram = read_gram_config(folder)
         tokenizer = Tokenizer.load("HuggingFaceTokenizer", folder)
-        model = JudgeModel(folder, gram.label_ids, dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = JudgeModel(folder, gram.label_ids, dtype, device or default_device())
         if gram.conversation is not None:
             return ScalarScorer(model, tokenizer, gram, batch_tokens)
         if label_ids(tokenizer, gram.template) != gram.label_ids:
@@ -123,7 +123,7 @@ class RewardModelScorer:
         return next(self.score_pairs([(prompt, response_a, response_b)]))
 
     def score_pairs(self, pairs: Iterable[Comparison]) -> Iterator[PairScore]:
-        """Both orders of each (prompt, response_a, response_b), in order; batches are read and run as results are taken."""
+        """Both orders of each (prompt, response_a, response_b), in the order given; batches run when a result is needed."""
         for margins, truncated in self._judge(_both_orders(pairs)):
             yield PairScore(float(reward_of_first(*margins)), *map(float, margins), any(truncated))
 
@@ -144,7 +144,7 @@ class RewardModelScorer:
         if not 0 <= reference < len(responses):
             raise ConfigError(f"reference {reference} is not one of the {len(responses)} responses, counted from 0.")
         others = [number for number in range(len(responses)) if number != reference]
-        # All that begins alike in one group, which shares it: prompt and reference, then prompt alone.
+        # One group, whose texts share their prefixes: prompt and reference in the first half, the prompt in the second.
         group = [(prompt, responses[reference], responses[number]) for number in others]
         group += [(prompt, responses[number], responses[reference]) for number in others]
         margins = next(self._judge([group]))[0] if others else np.empty(0)
@@ -153,12 +153,12 @@ class RewardModelScorer:
         return Ranking(tuple(rewards.tolist()), reference)
 
     def best_of_n(self, prompt: str, responses: Sequence[str], method: Method = "reference", seed: int = 0) -> Best:
-        """The best response, by n - 1 comparisons whichever the method.
+        """The best response, by n - 1 comparisons with every method.
 
         Args:
-            method: "reference" takes the highest reward against one response (drawn with `seed`), all at once; "linear"
-                lets the best so far meet the next; "tournament" lets neighbours meet, and the winners of a round in the
-                next, each round at once.  In the latter two the earlier response stays where a comparison is even.
+            method: "reference" takes the highest reward against one response (drawn with `seed`), in one batch; "linear"
+                compares the best so far with the next; "tournament" compares neighbours, then the winners of each round, a
+                round in one batch.  In the latter two the earlier response wins an even comparison.
 
         Raises:
             ConfigError: the list is empty.
@@ -170,14 +170,14 @@ class RewardModelScorer:
         standing = list(range(len(responses)))
         while len(standing) > 1:
             met = standing[:2] if method == "linear" else standing[: len(standing) // 2 * 2]
-            games = list(zip(met[::2], met[1::2]))
-            scores = self.score_pairs([(prompt, responses[one], responses[other]) for one, other in games])
-            winners = [other if score.winner == "b" else one for (one, other), score in zip(games, scores, strict=True)]
+            matches = list(zip(met[::2], met[1::2]))
+            scores = self.score_pairs([(prompt, responses[one], responses[other]) for one, other in matches])
+            winners = [other if score.winner == "b" else one for (one, other), score in zip(matches, scores, strict=True)]
             standing = winners + standing[len(met) :]
         return Best(standing[0], len(responses) - 1)
 
     def _judge(self, groups: Iterable[Sequence[tuple[str, ...]]]) -> Iterator[tuple[np.ndarray, list[bool]]]:
-        """(margins, truncated) of each group of texts, in order; a group shares what its texts begin with alike."""
+        """(margins, truncated) of each group of texts, in the order given; texts of a group share the prefixes they have."""
         waiting: deque[list[Sample]] = deque()
         tree, margins = TokenTree(), np.empty(0)
         for group in groups:
@@ -238,7 +238,7 @@ class ScalarScorer(RewardModelScorer):
 
 
 def _pieces(samples: list[Sample], most: int) -> Iterator[list[Sample]]:
-    """Neighbours, of `most` tokens together where one alone has not more."""
+    """Consecutive samples of at most `most` tokens together, or a single sample that is longer."""
     piece, size = [], 0
     for sample in samples:
         if piece and size + len(sample.tokens) > most:

@@ -1,4 +1,4 @@
-"""Texts that begin alike as a tree of tokens, so that what they share is computed once.
+"""A prefix tree of tokenized texts, so that shared prefixes are computed once.
 
 Both orders of a pair share judge instruction and prompt; a list judged against one response shares that response too.
 """
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Sequence
 
 LEAST_SHARED = 16
-"""Shorter common beginnings are computed for each text: a segment of its own would cost more."""
+"""Shorter common prefixes are computed for each text: a segment of its own would cost more."""
 
 
 @dataclass
 class TokenTree:
-    """Segments of tokens; each continues its parent, which stands before it in the list. A text is a leaf's path."""
+    """Segments of tokens, parents before children. A text is the concatenation of the segments on the path to its leaf."""
 
     tokens: list[list[int]] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
@@ -36,7 +36,7 @@ class TokenTree:
         return sum(map(len, self.tokens))
 
     def add(self, texts: Sequence[list[int]]) -> None:
-        """Put further texts beside those of the tree; only the new ones are looked through for common beginnings."""
+        """Add texts; prefixes are shared among the new texts, not with those already in the tree."""
         first = len(self.leaves)
         self.leaves += [-1] * len(texts)
         order = sorted(range(len(texts)), key=texts.__getitem__)
@@ -51,7 +51,7 @@ class TokenTree:
         return path[::-1]
 
     def _grow(self, texts: Sequence[list[int]], members: list[int], start: int, parent: int, first: int) -> None:
-        """Add members (sorted, alike up to `start`) below `parent`."""
+        """Add members (numbers of texts, sorted by tokens, with a common prefix of `start` tokens) below `parent`."""
         low, high = texts[members[0]], texts[members[-1]]
         shared = _common(low, high, start)
         if len(members) > 1 and shared - start >= LEAST_SHARED:
@@ -78,7 +78,7 @@ class TokenTree:
 
 
 def _common(one: list[int], other: list[int], start: int) -> int:
-    """Tokens that both begin with, at least one less than either has: every text keeps a last token of its own."""
+    """Length of the common prefix, less than either text's length: every text keeps a last token of its own."""
     most = min(len(one), len(other)) - 1
     for place in range(start, most):
         if one[place] != other[place]:
