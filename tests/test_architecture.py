@@ -16,7 +16,7 @@ FLOORS = (
     {"cli"},
 )
 MAY_NAME_CUDA = {"benchmarks", "install", "kernels", "platform"}
-ALLOWED = {"reproduce/quickstart.py", "scoring/scorer.py"}
+ALLOWED = {"reproduce/quickstart.py"}
 """Modules that still name CUDA elsewhere. To be emptied."""
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

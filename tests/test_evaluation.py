@@ -73,6 +73,10 @@ def test_reward_bench_2_best_of_four_and_ties(tmp_path):
             math.tanh(min(gap) / spread - 1)
         )
 
+    (tmp_path / "one_line.json").write_text(json.dumps(rows))  # both rows at the same "file:line"
+    _, pairs = read_eval_pairs([str(tmp_path / "one_line.json")], "auto")
+    assert figures(suite, pairs, rewards) == {"overall": 0.75, "Focus": 0.75}
+
     ref, tied = ([0.9], [0.2, 0.3]), ([0.8, 0.7], [0.4, 0.1])
     prompts = [(name, np.array(correct), np.array(wrong)) for name, (correct, wrong) in (("ref:0", ref), ("tied:0", tied))]
     assert ties_score(prompts) == pytest.approx(official(ref, tied))

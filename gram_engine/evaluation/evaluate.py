@@ -116,7 +116,7 @@ def _first(pairs: list[EvalPair], limit: Optional[int]) -> list[EvalPair]:
         return pairs
     if limit < 1:
         raise ConfigError(f"--limit {limit} must be at least 1.")
-    while limit < len(pairs) and pairs[limit].source_location == pairs[limit - 1].source_location:
+    while limit < len(pairs) and pairs[limit].row == pairs[limit - 1].row:
         limit += 1
     return pairs[:limit]
 

@@ -21,13 +21,18 @@ class EvalPair:
     preference: float
     subset: str
     source_location: str
-    """"file:line"; the same for all pairs of one row."""
+    """"file:line"."""
     numbers: tuple[int, int] = (0, 1)
     """Which of the row's responses a and b are."""
     num_correct: int = 1
     """How many of the row's responses, the first ones, are correct."""
     row_id: str = ""
-    """The row's own id, for suites that count by it."""
+    """The row's own id, in suites whose rows become several pairs."""
+
+    @property
+    def row(self) -> tuple[str, str]:
+        """The same for all pairs of one row; several rows of a JSON array may lie on one line."""
+        return self.source_location, self.row_id
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -158,7 +158,7 @@ def _reward_bench_2_figures(judged: JudgedPairs) -> dict[str, float]:
     """Best of four by subset (responses of equal score share the point), Ties by its own score, and their unweighted mean."""
     best: dict[str, list[float]] = {}
     ties = []
-    for own in judged.by(lambda pair: pair.source_location).values():
+    for own in judged.by(lambda pair: pair.row).values():
         scores, first = mean_rewards(own), own.pairs[0]
         if first.subset.lower() == "ties":
             ties.append((first.row_id, scores[: first.num_correct], scores[first.num_correct :]))
@@ -188,8 +188,8 @@ def ties_score(prompts: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> float:
     the tied prompt, and of the worse of both kinds), and 0.01 for their size.
     """
     found: dict[str, dict[str, tuple[bool, float, float]]] = {"ref": {}, "tied": {}}
-    for item, correct, wrong in prompts:
-        kind, _, number = item.partition(":")
+    for row_id, correct, wrong in prompts:
+        kind, _, number = row_id.partition(":")
         margin = float(correct.min() - wrong.max())
         found[kind][number] = (margin > 0, float(correct.max() - correct.min()), margin)
     accurate = [np.mean([right for right, _, _ in found[kind].values()]) if found[kind] else 0.0 for kind in ("ref", "tied")]
@@ -258,13 +258,16 @@ def _rm_bench(row: Any, source_location: str) -> list[EvalPair]:
     chosen, rejected = _field(row, "chosen", list), _field(row, "rejected", list)
     if len(chosen) != 3 or len(rejected) != 3:
         raise BadRow("'chosen' and 'rejected' must each hold three responses, in the styles concise, detailed, markdown.")
-    (prompt,) = _texts(row, "prompt")
+    (prompt,), row_id = _texts(row, "prompt"), _name(row, "id", source_location)
     domain = _name(row, "domain", _file_name(source_location))  # the files of one domain are named after it
     subset = next((name for name in RM_BENCH if domain.startswith(name)), None)
     if subset is None:
         raise BadRow(f"domain {domain!r} is none of {', '.join(RM_BENCH)}; a file without that field is named after it.")
     texts = [_text(text, "a response") for text in (*chosen, *rejected)]
-    return [EvalPair(prompt, texts[i], texts[3 + j], 1.0, subset, source_location, (i, j)) for i in range(3) for j in range(3)]
+    return [
+        EvalPair(prompt, texts[i], texts[3 + j], 1.0, subset, source_location, (i, j), row_id=row_id)
+        for i, j in product(range(3), repeat=2)
+    ]
 
 
 def _rm_bench_figures(judged: JudgedPairs) -> dict[str, float]:
