@@ -23,7 +23,6 @@ from gram_engine.checkpoint.integrity import INTEGRITY, METADATA, DamagedCheckpo
 from gram_engine.config.parse import load_yaml
 from gram_engine.config.schema import Config
 from gram_engine.data.manifest import Manifest
-from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import CheckpointError, ConfigError
 from gram_engine.files import fsync, write_atomically, write_json
@@ -118,9 +117,8 @@ def write_metadata_files(folder: Path, config: Config, manifest: Manifest, token
     """Write what loading and exporting a checkpoint need besides its tensors: configuration, data manifest, tokenizer ..."""
     config.save(folder / RUN_CONFIG)
     write_json(folder / DATA_MANIFEST, manifest.to_dict())
-    template = {key: value for key, value in manifest.template.items() if key != "sha256"}
     with write_atomically(folder / TEMPLATE) as handle:
-        handle.write(JudgeTemplate.from_dict(template, DATA_MANIFEST).to_yaml())
+        handle.write(manifest.judge_template(DATA_MANIFEST).to_yaml())
     tokenizer.save_pretrained(folder / TOKENIZER)
     source = _source(config)
     if source is not None:

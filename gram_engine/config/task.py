@@ -13,7 +13,7 @@ class Task:
     name: str
     """Value of --objective, also stored with preprocessed data and checkpoints."""
     loss: str
-    """Class of the loss as "module:class"; objectives.build_objective imports it and calls its `build`."""
+    """Class of the loss (a subclass of objectives.base.Objective) as "module:class"; build_objective imports it."""
     text: Literal["generate", "judge", "conversations"]
     """How a pair becomes a sample (data/samples.py).
 

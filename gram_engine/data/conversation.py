@@ -10,10 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from gram_engine.data.template import Layout
-from gram_engine.data.tokenizer import Tokenizer, render_chat
+from gram_engine.data.tokenizer import SAMPLE_MESSAGES, Tokenizer, literal_text, render_chat
 from gram_engine.errors import ConfigError
-
-_SAMPLES = ("plain", " two\n\nlines \n", "{{ braces }} {% x %}", "[INST] \u00fc \U0001f600 [/INST]")
 
 
 @dataclass(frozen=True)
@@ -45,24 +43,18 @@ class Conversation:
 
     @classmethod
     def _of_chat_template(cls, tokenizer: Tokenizer) -> Conversation:
-        prompt, response = "GRAM?prompt", "GRAM?response"
-        text = _render(tokenizer, f" {prompt} ", f" {response} ")
-        before, _, rest = text.partition(prompt)
-        between, _, after = rest.partition(response)
-        strips_prompt = not (before.endswith(" ") and between.startswith(" "))
-        strips_response = not (between.endswith(" ") and after.startswith(" "))
-        if not strips_prompt:
-            before, between = before[:-1], between[1:]
-        if not strips_response:
-            between, after = between[:-1], after[1:]
-        found = cls(before, between, after, strips_prompt, strips_response)
-        for sample in _SAMPLES:
-            if _render(tokenizer, sample, sample) != found.layout(sample, sample).text:
-                raise ConfigError(
-                    f"{tokenizer.path}: the chat template changes the text of a message, so a response cannot be found in "
-                    "what it writes. Remove chat_template from the tokenizer folder, or simplify it."
-                )
-        return found
+        def render(prompt: str, response: str) -> str:
+            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            return render_chat(tokenizer.hf, messages, add_generation_prompt=False)
+
+        found = literal_text(render, 2, SAMPLE_MESSAGES)
+        if found is None:
+            raise ConfigError(
+                f"{tokenizer.path}: the chat template changes the text of a message, so a response cannot be found in "
+                "what it writes. Remove chat_template from the tokenizer folder, or simplify it."
+            )
+        texts, strips = found
+        return cls(*texts, *strips)
 
     def layout(self, prompt: str, response: str) -> Layout:
         """The text, and where prompt and response stand in it."""
@@ -105,7 +97,3 @@ class Conversation:
             raise ConfigError(f"{place}: 'conversation' must hold {', '.join(kinds)}, as it was written.")
         return cls(**content)
 
-
-def _render(tokenizer: Tokenizer, prompt: str, response: str) -> str:
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    return render_chat(tokenizer.hf, messages, add_generation_prompt=False)

@@ -9,7 +9,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional, Sequence
 
 import tokenizers
 
@@ -18,6 +18,9 @@ from gram_engine.errors import ConfigError, GramError, one_line
 
 PINNED_DATE = "26 Jul 2024"
 """Date in chat templates that ask for one (LLaMA 3.1 and 3.2 print today's): Meta's own default."""
+
+SAMPLE_MESSAGES = ("plain", " two\n\nlines \n", "{{ braces }} {% x %}", "[INST] \u00fc \U0001f600 [/INST]")
+"""Messages that a chat template must write as they are, or stripped."""
 
 _PIN = f'{{%- if not date_string is defined %}}{{%- set date_string = "{PINNED_DATE}" %}}{{%- endif %}}'
 
@@ -204,24 +207,51 @@ def render_chat(hf, messages: list[dict[str, str]], add_generation_prompt: bool)
     )
 
 
-def _render(hf, text: str) -> str:
-    return render_chat(hf, [{"role": "user", "content": text}], add_generation_prompt=True)
+def literal_text(
+    render: Callable[..., str], num_messages: int, samples: Sequence[str]
+) -> Optional[tuple[list[str], list[bool]]]:
+    """What a chat template writes around its messages, checked on samples.
+
+    Args:
+        render: makes the template's text from `num_messages` messages.
+        samples: texts of messages that must come out as they are, or stripped of white space around them.
+
+    Returns:
+        The `num_messages` + 1 texts before, between and after the messages, and whether each message is stripped; or None
+        if the template changes messages in another way.
+    """
+    markers = [f"GRAM?{number}" for number in range(num_messages)]
+    rest, texts, stripped = render(*(f" {marker} " for marker in markers)), [], []
+    for marker in markers:
+        before, found, rest = rest.partition(marker)
+        if not found:
+            return None
+        stripped.append(not (before.endswith(" ") and rest.startswith(" ")))
+        if not stripped[-1]:
+            before, rest = before[:-1], rest[1:]
+        texts.append(before)
+    texts.append(rest)
+    for sample in samples:
+        messages = [sample.strip() if strips else sample for strips in stripped]
+        expected = texts[0] + "".join(message + text for message, text in zip(messages, texts[1:]))
+        if render(*[sample] * num_messages) != expected:
+            return None
+    return texts, stripped
 
 
 def _chat_wrapping(hf, path: str) -> tuple[str, str, bool]:
-    """(text before the message, text after it, whether white space around the message is stripped), checked on samples."""
-    core = "GRAM?message"
-    prefix, found, suffix = _render(hf, f" {core} ").partition(core)
-    strips = not (prefix.endswith(" ") and suffix.startswith(" "))
-    if not strips:
-        prefix, suffix = prefix[:-1], suffix[1:]
-    samples = ("plain", " two\n\nlines \n", "{{ braces }} {% x %}", "<think>a</think> b", "[INST] \u00fc \U0001f600 [/INST]")
-    for text in samples:
-        if not found or _render(hf, text) != prefix + (text.strip() if strips else text) + suffix:
-            raise ConfigError(
-                f"{path}: the chat template changes the text of a user's message, so the judge prompt cannot be read "
-                "back from it. Remove chat_template from the tokenizer folder, or simplify it."
-            )
+    """(text before a user's message, text after it, whether the template strips white space around the message)."""
+
+    def render(text: str) -> str:
+        return render_chat(hf, [{"role": "user", "content": text}], add_generation_prompt=True)
+
+    found = literal_text(render, 1, (*SAMPLE_MESSAGES, "<think>a</think> b"))
+    if found is None:
+        raise ConfigError(
+            f"{path}: the chat template changes the text of a user's message, so the judge prompt cannot be read "
+            "back from it. Remove chat_template from the tokenizer folder, or simplify it."
+        )
+    (prefix, suffix), (strips,) = found
     return prefix, suffix, strips
 
 

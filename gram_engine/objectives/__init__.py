@@ -15,11 +15,11 @@ __all__ = ["Objective", "ObjectiveOutput", "build_objective", "describe_losses"]
 
 def build_objective(config: Config, label_ids: tuple[int, int] | None, tp_group: dist.ProcessGroup) -> Objective:
     """The objective of this run; `label_ids` are those of the data's manifest (None if its task has no label tokens)."""
-    return _loss_class(config).build(config, label_ids, tp_group)
+    return _loss_class(config)(config, label_ids, tp_group)
 
 
 def describe_losses(config: Config, device: torch.device) -> str:
-    """One line for the log: which losses, by which kernels.
+    """One line for the log: the loss, and which kernels compute it.
 
     Raises:
         ConfigError: GRAM_KERNELS names kernels that cannot run here.
@@ -31,4 +31,4 @@ def describe_losses(config: Config, device: torch.device) -> str:
 
 def _loss_class(config: Config) -> type[Objective]:
     module, name = config.task.loss.split(":")
-    return getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(module), name).variant(config)

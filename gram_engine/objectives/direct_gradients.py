@@ -1,4 +1,4 @@
-"""Parameters whose gradient is written into main_grad by hand: megatron-core's DDP has to be told when it is there."""
+"""Parameters whose gradient is written into main_grad by hand: megatron-core's DDP has to be told when it is complete."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from torch.nn import Parameter
 
 
 def main_grad_of(weight: Tensor) -> Tensor | None:
-    """Where the gradient of a weight is summed; None for a frozen one (training/freeze.py)."""
+    """The buffer that sums a weight's gradient, of the weight's shape; None for a frozen weight (training/freeze.py)."""
     return weight.main_grad if weight.requires_grad else None
 
 
 class DirectGradients:
-    """Stands in for the backward hooks of parameters that no backward pass reaches.
+    """Fires DDP's backward hooks for parameters that autograd does not reach.
 
-    Where gradients are reduced while the backward pass runs (overlap_grad_reduce), DDP counts the parameters of a bucket
-    whose hooks have fired, in every step, and begins to reduce when all have.  Autograd never fires the hook of a
-    parameter that it does not know of, so it is called for, once in each micro-batch's backward pass.
+    With overlap_grad_reduce, DDP counts in every step the parameters of a bucket whose hooks have fired, and begins to reduce
+    the bucket after the last one.  Autograd never fires the hook of a parameter that is not in its graph, so `_announce` does
+    it once in each micro-batch's backward pass.
     """
 
     def __init__(self, chunk, parameters: list[Parameter]):
-        """`chunk` is the DDP-wrapped model chunk that holds the parameters (or a bare model: then nothing is to be told)."""
+        """`chunk` is the model chunk that holds the parameters; without DDP around it there is nothing to do."""
         overlaps = getattr(getattr(chunk, "ddp_config", None), "overlap_grad_reduce", False)
         trained = [parameter for parameter in parameters if parameter.requires_grad] if overlaps else []
         self._groups = [(chunk.param_to_bucket_group[parameter], parameter) for parameter in trained]
 
     def announce_in_backward_of(self, loss: Tensor) -> None:
-        """Have the parameters announced when the gradient of `loss` is computed."""
+        """Fire the hooks when the backward pass begins, at the gradient of `loss`."""
         if self._groups and loss.requires_grad:
             loss.register_hook(self._announce)
 

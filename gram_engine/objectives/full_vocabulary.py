@@ -1,4 +1,4 @@
-"""Stage 2 with softmax and label smoothing over the whole vocabulary (paper, Table 5: "vanilla"), at the label rows."""
+"""Stage 2 with softmax and label smoothing over the whole vocabulary instead of the two labels (paper, Table 5: "vanilla")."""
 
 from __future__ import annotations
 
@@ -7,50 +7,34 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
+from gram_engine.config.schema import Config
 from gram_engine.data.loader import PackedBatch
 from gram_engine.kernels import linear_cross_entropy
-from gram_engine.objectives.base import ObjectiveOutput, PreferenceObjective, gather_rows, local_label_rows
+from gram_engine.objectives.base import ObjectiveOutput, PreferenceObjective, local_label_rows
 from gram_engine.objectives.direct_gradients import main_grad_of
-from gram_engine.objectives.response_lm import output_gradients
+from gram_engine.objectives.response_lm import ResponseLM, output_gradients
 
 
 class FullVocabularyPreference(PreferenceObjective):
     """Cross entropy of the label token among all tokens, `label_smoothing` spread evenly over the vocabulary.
 
-    Here label_smoothing is torch's; a tie trains on both labels with half the weight each.  Right at any tensor-parallel
-    size (megatron-core's own label smoothing is not).
-
-    Args:
-        pruned: the model returns the label rows alone (model/label_rows.py).
+    --label-smoothing has torch's meaning here; a tie trains both labels, each with half the weight.  The loss is equal at any
+    tensor-parallel size, which megatron-core's own label smoothing is not.
     """
 
-    def __init__(
-        self,
-        *,
-        label_ids: tuple[int, int],
-        label_smoothing: float,
-        vocab_size: int,
-        chunk_size: int | None,
-        pruned: bool,
-        tp_group: dist.ProcessGroup,
-        sequence_parallel: bool,
-    ):
-        self.label_ids = label_ids
-        self.label_smoothing = label_smoothing
-        self.vocab_size = vocab_size
-        self.chunk_size = chunk_size
-        self.pruned = pruned
-        self.tp_group = tp_group
-        self.sequence_parallel = sequence_parallel
+    def __init__(self, config: Config, label_ids: tuple[int, int], tp_group: dist.ProcessGroup):
+        super().__init__(config, label_ids, tp_group)
+        self.label_smoothing = config.training.label_smoothing
+
+    @classmethod
+    def describe(cls, config: Config, device: torch.device) -> str:
+        return ResponseLM.describe(config, device)
 
     def start_pass(self, model: list) -> None:
         self.direct = output_gradients(model)
 
     def __call__(self, hidden_states: Tensor, output_weight: Tensor, context: PackedBatch) -> ObjectiveOutput:
-        if self.pruned:
-            rows = hidden_states.squeeze(1)
-        else:
-            rows = gather_rows(hidden_states, context.rows, self.tp_group, self.sequence_parallel)
+        rows = self.label_rows(hidden_states, context)
         twice = copy_to_tensor_model_parallel_region(rows, group=self.tp_group).repeat(2, 1)
         targets = torch.cat([context.rows.new_full((len(rows),), label) for label in self.label_ids])
         weights = torch.cat([context.preference, 1 - context.preference]) * context.weight.repeat(2)

@@ -1,12 +1,12 @@
-"""The output layer of stage 2: final norm and two rows of the output weight, as one vector and one gradient vector.
+"""The output layer of stage 2: the final norm and two rows of the output weight, as one vector and one gradient vector.
 
 The margin of a sample is Z_A - Z_B = norm(x) . (row_a - row_b) = rstd(x) x . direction with
-direction = norm weight * (row_a - row_b).  Its gradient s, summed over all samples of a step, holds those of all parameters:
+direction = norm weight * (row_a - row_b).  Its gradient s, summed over all samples of a step, gives those of all parameters:
 
     d row_a = norm weight * s        d row_b = -d row_a        d norm weight = (row_a - row_b) * s
 
-So a step needs: the two rows at its start, from whichever process holds them; no communication in between; and one sum of
-s over processes at its end.  No gradient of the whole output weight is ever made.
+So a step needs the two rows at its start, from the processes that hold them, and one sum of s over processes at its end,
+without communication in between.  A gradient of the whole output weight is never allocated.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from gram_engine.objectives.direct_gradients import DirectGradients
 
 
 class LabelHead:
-    """Two label tokens' rows and the final norm of a model, on its last pipeline stage.
+    """The rows of the two label tokens and the final norm of a model, on its last pipeline stage.
 
     Args:
         label_ids: tokens A and B.
-        sum_over_tp: whether tensor-parallel processes see different label rows (sequence parallelism without pruning).
+        sum_over_tp: whether tensor-parallel processes hold different label rows (sequence parallelism without pruning).
     """
 
     def __init__(self, label_ids: tuple[int, int], sum_over_tp: bool):
@@ -35,7 +35,7 @@ class LabelHead:
         self._direction: Tensor | None = None
 
     def start_pass(self, model: list) -> None:
-        """Take the model's chunks; tied embeddings on a pipeline: the first stage sends the last one the label rows."""
+        """Called before each pass with the model's chunks; with tied embeddings the first stage sends its rows to the last."""
         self.first, self.last = unwrap(model[0]), unwrap(model[-1])
         self._last_chunk, self._direction, self._rows = model[-1], None, None
         if self.first.borrows_label_rows and (self.first.pre_process or self.last.post_process):
@@ -43,7 +43,7 @@ class LabelHead:
         self.direct = None
 
     def direction(self) -> Tensor:
-        """[hidden] fp32 (float64 for a float64 model), the leaf that collects the gradient s of the step."""
+        """[hidden] fp32 (float64 for a float64 model): the leaf of the graph that collects the gradient s of the step."""
         if self._direction is None:
             norm = self._norm_weight()
             if self._rows is None:
@@ -55,7 +55,7 @@ class LabelHead:
 
     @torch.no_grad()
     def finish_gradients(self, num_labels: Tensor) -> None:
-        """Add the step's gradients, divided by num_labels, to main_grad of the norm weight and of the two rows."""
+        """Add the step's gradient, divided by `num_labels`, to main_grad of the norm weight and of the two rows."""
         row = None
         if self.last.post_process:
             # The same factor, rounded in the same way, as megatron-core's for all other gradients.
@@ -71,7 +71,7 @@ class LabelHead:
             self._add_to_rows(weight, row)
 
     def _unreached_parameters(self) -> list:
-        """Parameters of the last stage that autograd does not reach; a tied embedding it reaches at the input."""
+        """Parameters of the last stage that autograd does not reach (a tied embedding is reached at the model's input)."""
         weight = self.last.output_weight()
         unreached = [] if weight is None or self.last.share_embeddings_and_output_weights else [weight]
         return [self._norm_weight(), *unreached]
@@ -80,13 +80,13 @@ class LabelHead:
         return self.last.decoder.final_layernorm.weight
 
     def _weight(self) -> Tensor | None:
-        """The weight on this process that holds label rows: embedding or output layer, or None."""
+        """The weight on this process that holds the label rows: the embedding, the output layer, or None."""
         if self.first.borrows_label_rows:
             return self.first.embedding.word_embeddings.weight if self.first.pre_process else None
         return self.last.output_weight() if self.last.post_process else None
 
     def _whole_rows(self, weight: Tensor) -> Tensor:
-        """[2, hidden] fp32 (float64), the same on every tensor-parallel process."""
+        """The label rows, [2, hidden] fp32 (float64 for a float64 model), the same on every tensor-parallel process."""
         group = parallel_state.get_tensor_model_parallel_group()
         dtype = torch.promote_types(weight.dtype, torch.float32)
         rows = local_label_rows(weight.detach(), self.label_ids, group).to(dtype)
@@ -95,7 +95,7 @@ class LabelHead:
         return rows
 
     def _exchange_rows(self, chunk) -> Tensor:
-        """First stage: its label rows, sent; last stage: the same, received."""
+        """The label rows [2, hidden]: the first stage sends them, the last stage receives them."""
         if self.first.pre_process:
             weight = self.first.embedding.word_embeddings.weight
             if weight.requires_grad and getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):

@@ -17,49 +17,27 @@ from gram_engine.objectives.plain import PlainPairPreference
 
 
 class PairPreference(PreferenceObjective):
-    """Two-token label-smoothed loss at each sample's label row, fused with the final norm; no communication of its own.
+    """Two-token label-smoothed loss at each sample's label row, fused with the final norm; needs no communication.
 
-    `label_smoothing` is the paper's eps, the weight of the wrong label.  torch's cross entropy with
-    label_smoothing = 2 eps over the two tokens is the same loss.  Ties (preference 1/2) train towards 1/2.
-
-    Args:
-        pruned: the model returns the label rows alone (model/label_rows.py), whole on every tensor-parallel process.
-        norm_eps: epsilon of the final norm, which the model leaves to this objective.
+    --label-smoothing is the paper's eps, the weight of the wrong label: torch's cross entropy over the two tokens with
+    label_smoothing = 2 eps is the same loss.  Ties (preference 1/2) train towards 1/2.
     """
 
-    def __init__(
-        self,
-        *,
-        label_ids: tuple[int, int],
-        label_smoothing: float,
-        norm_eps: float,
-        pruned: bool,
-        tp_group: dist.ProcessGroup,
-        sequence_parallel: bool,
-    ):
-        self.label_smoothing = label_smoothing
-        self.norm_eps = norm_eps
-        self.pruned = pruned
-        self.tp_group = tp_group
-        self.parts_over_tp = sequence_parallel and not pruned
+    def __init__(self, config: Config, label_ids: tuple[int, int], tp_group: dist.ProcessGroup):
+        super().__init__(config, label_ids, tp_group)
+        self.label_smoothing = config.training.label_smoothing
+        self.norm_eps = config.model.norm_epsilon  # of the final norm, which the model leaves to this objective
+        self.parts_over_tp = self.sequence_parallel and not self.pruned
         self.head = LabelHead(label_ids, sum_over_tp=self.parts_over_tp)
 
     @classmethod
-    def build(cls, config: Config, label_ids: tuple[int, int] | None, tp_group: dist.ProcessGroup) -> PreferenceObjective:
-        training = config.training
-        labels = dict(label_ids=label_ids, label_smoothing=training.label_smoothing, tp_group=tp_group)
-        labels["sequence_parallel"] = config.parallel.sequence_parallel
-        if training.label_softmax == "full-vocabulary":
-            vocabulary = dict(vocab_size=config.model.vocab_size, chunk_size=training.logits_chunk_size)
-            return FullVocabularyPreference(pruned=config.prunes_last_layer, **vocabulary, **labels)
-        if not training.fused_losses:
-            return PlainPairPreference(**labels)
-        return cls(norm_eps=config.model.norm_epsilon, pruned=config.prunes_last_layer, **labels)
+    def variant(cls, config: Config) -> type[PreferenceObjective]:
+        if config.training.label_softmax == "full-vocabulary":
+            return FullVocabularyPreference
+        return cls if config.training.fused_losses else PlainPairPreference
 
     @classmethod
     def describe(cls, config: Config, device: torch.device) -> str:
-        if not config.label_rows_only:
-            return f"fused, cross entropy by {name_of('cross_entropy_grad_', device)}"
         return f"fused, pair loss by {name_of('pair_loss_forward', device)}, last layer {last_layer(config)}"
 
     def start_pass(self, model: list) -> None:

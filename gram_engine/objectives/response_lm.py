@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
@@ -18,24 +17,15 @@ from gram_engine.objectives.plain import PlainResponseLM
 
 
 class ResponseLM(LanguageModelObjective):
-    """Mean cross entropy of the response tokens; which tokens carry loss (both responses, or one: GRAM-v3, GRAM-v4)
-    is decided by the loader, which lists them in the batch's `rows` and `targets`.  Only these rows meet the output layer.
+    """Mean cross entropy of the response tokens.
+
+    The loader decides which tokens carry loss (both responses, or one: GRAM-v3, GRAM-v4): it lists them in the batch's `rows`
+    and `targets`.  The output layer is computed for these rows alone.
     """
 
-    def __init__(self, *, vocab_size: int, chunk_size: int | None, tp_group: dist.ProcessGroup, sequence_parallel: bool):
-        self.vocab_size = vocab_size
-        self.chunk_size = chunk_size
-        self.tp_group = tp_group
-        self.sequence_parallel = sequence_parallel
-
     @classmethod
-    def build(cls, config: Config, label_ids: tuple[int, int] | None, tp_group: dist.ProcessGroup) -> LanguageModelObjective:
-        return (cls if config.training.fused_losses else PlainResponseLM)(
-            vocab_size=config.model.vocab_size,
-            chunk_size=config.training.logits_chunk_size,
-            tp_group=tp_group,
-            sequence_parallel=config.parallel.sequence_parallel,
-        )
+    def variant(cls, config: Config) -> type[LanguageModelObjective]:
+        return cls if config.training.fused_losses else PlainResponseLM
 
     @classmethod
     def describe(cls, config: Config, device: torch.device) -> str:
@@ -57,8 +47,15 @@ class ResponseLM(LanguageModelObjective):
         targets: Tensor,
         row_weight: Tensor | None = None,
     ) -> Tensor:
-        """Sum over rows of row_weight (None: ones) times the cross entropy of their target, a scalar in fp32."""
-        # Each vocabulary shard yields its part of the rows' gradient; both regions add the parts in the backward pass.
+        """Sum over `rows` of row_weight times the cross entropy of the row's target, a scalar in fp32.
+
+        Args:
+            hidden_states: [tokens (/ TP with sequence parallelism), 1, hidden].
+            output_weight: [vocabulary / TP, hidden].
+            rows, targets: int64 [rows], positions in the pack and the tokens that they predict.
+            row_weight: fp32 [rows]; None: all 1.
+        """
+        # Each vocabulary shard gives a part of the rows' gradient; both regions add the parts in the backward pass.
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
         else:
@@ -76,7 +73,10 @@ class ResponseLM(LanguageModelObjective):
 
 
 def output_gradients(model: list) -> DirectGradients:
-    """For losses that write the gradient of the whole output weight: announces it, where autograd does not reach it."""
+    """DirectGradients of the output weight, for losses that write its whole gradient by hand.
+
+    Nothing is to be announced if this process has no output layer, or if autograd reaches the weight as a tied embedding.
+    """
     last = unwrap(model[-1])
     if not last.post_process or (last.pre_process and last.share_embeddings_and_output_weights):
         return DirectGradients(model[-1], [])
