@@ -12,7 +12,7 @@ import pytest
 
 from gram_engine.config.parse import parse
 from gram_engine.convert.metadata_files import read_evaluation
-from gram_engine.data.samples import build_generate, build_judge, label_ids
+from gram_engine.data.samples import generate_sample, judge_sample, label_ids
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.scoring.resumable import ResumableLines
@@ -89,8 +89,10 @@ def jinja(draw, content: bytes) -> bytes:
 def use_tokenizer(path: Path, template: JudgeTemplate) -> None:
     tokenizer = Tokenizer.load("auto", path)
     label_ids(tokenizer, template)
-    build_judge(tokenizer, template, "say \u00fc \x00 yes", "yes " * 90, "no", 160)
-    build_generate(tokenizer, template, "say yes", "yes " * 90, "no", 160)
+    long = "yes " * 90
+    judge_sample(tokenizer, template.judge_layout("say \u00fc \x00 yes", long, "no"), 160, "truncate")
+    target = template.responses_layout(long, "no")
+    generate_sample(tokenizer, template.generate_layout("say yes").followed_by(target), 160, "truncate")
 
 
 def report_file(work, draw) -> str:

@@ -5,14 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gram_engine.data.samples import (
-    OverlongSample,
-    build_generate,
-    build_judge,
-    generate_sample,
-    judge_sample,
-    layout_of,
-)
+from gram_engine.data.samples import OverlongSample, generate_sample, judge_sample, layout_of
 from gram_engine.data.schema import Pair, PreformattedRow
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
@@ -26,6 +19,17 @@ CHAT_TEMPLATE = (
     "not date_string is defined else date_string }}]{% endif %}{{ m.content | trim }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+def build_judge(tokenizer, template, prompt, a, b, max_tokens, overlong="truncate"):
+    """Tokens of a judge prompt."""
+    return judge_sample(tokenizer, template.judge_layout(prompt, a, b), max_tokens, overlong).tokens
+
+
+def build_generate(tokenizer, template, prompt, a, b, max_tokens):
+    """A stage-1 sample."""
+    layout = template.generate_layout(prompt).followed_by(template.responses_layout(a, b))
+    return generate_sample(tokenizer, layout, max_tokens, "truncate")
 
 
 @pytest.fixture(scope="module")

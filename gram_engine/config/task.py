@@ -8,21 +8,21 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Task:
-    """One objective, as everything but its loss sees it."""
+    """What data, model and planner need to know of one objective."""
 
     name: str
     """Value of --objective, also stored with preprocessed data and checkpoints."""
     loss: str
     """Class of the loss (a subclass of objectives.base.Objective) as "module:class"; build_objective imports it."""
     text: Literal["generate", "judge", "conversations"]
-    """How a pair becomes a sample (data/samples.py).
+    """The text of a sample, and the positions that carry loss (data/samples.py).
 
-    generate: the user's message and both responses as its answer; loss at every response token.
-    judge: the judge prompt; loss at its last token, the label row.
+    generate: the prompt, then both responses; loss at every token of the responses.
+    judge: the judge prompt with both responses; loss at its last token, the label row.
     conversations: two sequences, the prompt with each response; loss at the last token of each.
     """
     head: Literal["vocabulary", "labels", "scalar"]
-    """Output layer: the whole vocabulary, the two label tokens' rows alone (where the loss allows it), or one number."""
+    """Output layer: the whole vocabulary, the rows of the two label tokens alone (if the flags allow it), or one number."""
 
     @property
     def needs_labels(self) -> bool:
@@ -31,7 +31,7 @@ class Task:
 
     @property
     def has_label_tokens(self) -> bool:
-        """Whether the template's labels A and B are tokens that the loss reads."""
+        """Whether the loss is that of the template's two label tokens, A and B."""
         return self.text == "judge"
 
     @property

@@ -1,7 +1,7 @@
-"""How a prompt and one response become a text whose reward a scalar head gives: as the tokenizer's chat template writes them.
+"""The text of a prompt with one response, for a scalar head: as the tokenizer's chat template writes them.
 
-Without a chat template: prompt, empty line, response, end-of-text token.  The texts around both travel with data set,
-checkpoint and export, so that scoring writes what training read.
+Without a chat template: prompt, empty line, response, end-of-text token.  The texts around prompt and response are stored with
+the data set, the checkpoint and the exported folder, so that scoring builds the same text as training.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gram_engine.errors import ConfigError
 class Conversation:
     """The texts before the prompt, between prompt and response, and after the response.
 
-    `strips_prompt` and `strips_response` tell that white space around them is taken off, as the chat template does.
+    `strips_prompt` and `strips_response`: whether white space around them is removed, as the chat template does.
     """
 
     before: str
@@ -29,10 +29,10 @@ class Conversation:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Conversation:
-        """What the tokenizer's chat template writes, checked on samples.
+        """The texts that the tokenizer's chat template writes, checked on samples.
 
         Raises:
-            ConfigError: the chat template changes a message or cannot write an answer, or no token is left for padding.
+            ConfigError: the chat template changes a message or cannot write a response, or no token is left for padding.
         """
         if tokenizer.hf.chat_template is None:
             found = cls("", "\n\n", tokenizer.token(tokenizer.eos_id))
@@ -57,7 +57,7 @@ class Conversation:
         return cls(*texts, *strips)
 
     def layout(self, prompt: str, response: str) -> Layout:
-        """The text, and where prompt and response stand in it."""
+        """The text, with the character ranges of prompt and response."""
         prompt = prompt.strip() if self.strips_prompt else prompt
         response = response.strip() if self.strips_response else response
         start = len(self.before)
@@ -67,10 +67,10 @@ class Conversation:
         return Layout(text, {"prompt": (start, end), "response": (first, first + len(response))})
 
     def pad_id(self, tokenizer: Tokenizer) -> int:
-        """A token to pad with that no text ends in: transformers reads the reward at the last token that is no padding.
+        """A padding token that does not end a text: transformers reads the reward at the last token that is not padding.
 
         Raises:
-            ConfigError: the tokenizer has none.
+            ConfigError: the tokenizer has no such token.
         """
         last = tokenizer.encode(self.after)[-1:]
         for token in (tokenizer.hf.pad_token_id, tokenizer.hf.unk_token_id, tokenizer.bos_id):
@@ -86,14 +86,14 @@ class Conversation:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, content: Any, place: str) -> Conversation:
-        """What `to_dict` describes; `place` names its source in messages.
+    def from_dict(cls, content: Any, source: str) -> Conversation:
+        """The conversation that `to_dict` wrote; `source` is named in errors.
 
         Raises:
-            ConfigError: it is something else.
+            ConfigError: fields are missing, unknown or of another type.
         """
         kinds = {item.name: bool if item.name.startswith("strips") else str for item in fields(cls)}
         if not isinstance(content, dict) or {name: type(value) for name, value in content.items()} != kinds:
-            raise ConfigError(f"{place}: 'conversation' must hold {', '.join(kinds)}, as it was written.")
+            raise ConfigError(f"{source}: 'conversation' must hold {', '.join(kinds)}, as it was written.")
         return cls(**content)
 

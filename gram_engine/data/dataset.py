@@ -1,8 +1,8 @@
-"""Preprocessed data on disk: token sequences in Megatron's .bin/.idx, one row of facts per sequence, and a manifest.
+"""Preprocessed data on disk: the tokens of each sample in Megatron's .bin/.idx, its labels and positions, and a manifest.
 
-PREFIX.bin/.idx      tokens (megatron-core IndexedDataset), one sequence per (pair, order); for bradley-terry one per pair,
-                     [x, y_a] and [x, y_b] end to end
-PREFIX.samples.npy   structured array of SAMPLE_DTYPE, one row per sequence
+PREFIX.bin/.idx      tokens (megatron-core IndexedDataset), one entry per sample: a pair in one order; for bradley-terry a
+                     pair, [x, y_a] and [x, y_b] end to end
+PREFIX.samples.npy   structured array of SAMPLE_DTYPE, one row per sample
 PREFIX.json          manifest: what the samples were made from and how, sizes and checksums (manifest.py); written last
 """
 
@@ -21,13 +21,13 @@ from gram_engine.errors import DataError
 
 SAMPLE_DTYPE = np.dtype(
     [
-        ("pair", "<i8"),  # number of the comparison in the source, the same for its two orders
+        ("pair", "<i8"),  # number of the pair in the source, the same for its two orders
         ("order", "i1"),  # 0: responses as given, 1: swapped
         ("preference", "<f4"),  # probability that the response shown as A is better; nan: unlabelled
         ("weight", "<f4"),
         ("margin", "<f4"),
-        # Stage 1, in token positions (-1 where unknown), ascending: the target runs from target_start to the end of the
-        # sequence, `middle` is the first token of B's opening marker.  Bradley-Terry: `middle` is the first token of [x, y_b].
+        # Token positions in the sample, ascending; -1: unknown.  Stage 1: the target runs from target_start to the end, and
+        # `middle` is the first token of B's opening marker.  Bradley-Terry: `middle` is the first token of [x, y_b].
         ("target_start", "<i4"),
         ("a_start", "<i4"),
         ("a_end", "<i4"),
@@ -48,10 +48,10 @@ def indexed_dataset_module():
 
 
 class PairDataset:
-    """Sequences of tokens with their labels, memory-mapped.
+    """Samples with their tokens (memory-mapped) and labels.
 
     Args:
-        whole: also compare the checksum of the tokens, which reads all of .bin; sizes, index and rows are always checked.
+        whole: also check the checksum of the tokens, which reads all of .bin; sizes, index and rows are always checked.
 
     Raises:
         DataError: a file is missing, damaged, of another format version or of other data.
@@ -75,17 +75,17 @@ class PairDataset:
         return len(self.samples)
 
     def tokens(self, index: int) -> np.ndarray:
-        """Token ids of one sequence, [length]."""
+        """Token ids of one sample, [length], int32 or uint16."""
         return self._sequences.get(int(index))
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens in each sequence, [len(self)] int64."""
+        """Number of tokens of each sample, int64 [len(self)]."""
         return np.asarray(self._sequences.sequence_lengths, dtype=np.int64)
 
     @cached_property
     def parts(self) -> np.ndarray:
-        """Tokens that see each other, [len(self), 1] int64; for bradley-terry [len(self), 2], the two texts of a pair."""
+        """Lengths of the sequences in each sample, int64 [len(self), sequences_per_sample]."""
         if self.manifest.task.sequences_per_sample == 1:
             return self.lengths[:, None]
         middle = self.samples["middle"].astype(np.int64)

@@ -1,8 +1,8 @@
-"""A preference task with a right answer that a program can check and a tiny model can learn from nothing.
+"""Demonstration data: preferences that a program can check and a tiny model can learn from scratch.
 
-The prompt asks for days, months, numbers or letters in order; both responses hold the same words and begin with the
-same one, but only the better response is in order. So neither position, nor length, nor the words give the answer away,
-an untrained judge is right half of the time, and the held-out prompts are never trained on.
+The prompt asks for days, months, numbers or letters in order; both responses consist of the same words and begin with the
+same one, but only the better response is in order. So neither position, nor length, nor the words give the answer away, and
+an untrained judge is right half of the time. The held-out prompts are never trained on.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ QUESTIONS = (
     "Say {size} {kind}, beginning with {first}.",
 )
 
-HELD_OUT_SHARE = 5  # one prompt in so many is held out
+HELD_OUT_SHARE = 5  # one prompt in five is held out
 CANDIDATES = 16  # responses to a prompt of candidates.jsonl
 
 
 def pairs(number: int, seed: int, held_out: bool) -> Iterator[dict[str, str]]:
-    """`number` rows {prompt, chosen, rejected, kind} with training or with held-out prompts; same seed, same rows."""
+    """`number` rows {prompt, chosen, rejected, kind} with training or held-out prompts; the same for the same seed."""
     draw = random.Random(f"{seed}-{held_out}")
     made = 0
     while made < number:
@@ -61,10 +61,10 @@ def pairs(number: int, seed: int, held_out: bool) -> Iterator[dict[str, str]]:
 
 
 def candidates(number: int, seed: int) -> Iterator[dict[str, Any]]:
-    """`number` rows {prompt, responses, oracle} with held-out prompts, for `gram best-of-n`; same seed, same rows.
+    """`number` rows {prompt, responses, oracle} with held-out prompts, for `gram best-of-n`; the same for the same seed.
 
-    A response begins with some words in order and shuffles the others, no two alike; its oracle score is the share of
-    words that stand behind their predecessor.
+    A response begins with some words in order and shuffles the others; all responses differ. Its oracle score is the share of
+    words that directly follow their predecessor.
     """
     draw = random.Random(f"{seed}-candidates")
     for row in pairs(number, seed, held_out=True):
@@ -79,7 +79,7 @@ def candidates(number: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def is_held_out(prompt: str) -> bool:
-    """Whether a prompt belongs to the held-out set: a fixed property of its text."""
+    """Whether a prompt belongs to the held-out set, which depends on its text alone."""
     return zlib.crc32(prompt.encode()) % HELD_OUT_SHARE == 0
 
 
@@ -91,7 +91,7 @@ def answer(kind: str, first: str, size: int) -> list[str]:
 
 
 def is_right(row: dict[str, str], response: str) -> bool:
-    """Whether a response is what the row's prompt asks for, found out from the prompt alone."""
+    """Whether a response is what the row's prompt asks for; the prompt alone is read."""
     kind = next(kind for kind in WORDS if f" {kind}" in row["prompt"])
     return any(
         row["prompt"] == question.format(size=size, kind=kind, first=first)
@@ -103,7 +103,7 @@ def is_right(row: dict[str, str], response: str) -> bool:
 
 
 def _disordered(words: list[str], draw: random.Random) -> list[str]:
-    """The words, the first one kept, such that no word is followed by its successor."""
+    """The words shuffled, except the first, such that no word is followed by its successor."""
     successors = set(zip(words, words[1:]))
     while True:
         shuffled = words[:1] + draw.sample(words[1:], len(words) - 1)
@@ -122,13 +122,13 @@ class DemoConfig:
     test_pairs: int = 400
     """Pairs with held-out prompts."""
     candidates: int = 0
-    """Prompts with 16 responses each and a score of each response, for `gram best-of-n`."""
+    """Prompts in candidates.jsonl, each with 16 responses and their scores, for `gram best-of-n`."""
     seed: int = 1234
     """Seed of the data."""
 
 
 def write(config: DemoConfig) -> list[Path]:
-    """Write train.jsonl and test.jsonl, and candidates.jsonl where wanted; returns their paths."""
+    """Write train.jsonl, test.jsonl and, if any are asked for, candidates.jsonl; returns their paths."""
     made = {
         "train": pairs(config.train_pairs, config.seed, held_out=False),
         "test": pairs(config.test_pairs, config.seed, held_out=True),

@@ -1,4 +1,4 @@
-"""What the fields of a preference row are called, and what they mean: one raw row -> checked pairs."""
+"""Names and meanings of the fields of a preference row: from one raw row to checked pairs."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ _SUPPORTED = (
 MOST_RANKED = 256
 """Responses in a ranked list: it becomes K(K-1)/2 pairs."""
 _LEAST_WEIGHT, _MOST = 1e-30, 1e30
-"""Bounds of weights and margins, which are stored in single precision and summed."""
+"""Bounds of weights and margins, which are stored in fp32 and summed."""
 
 
 class BadRow(Exception):
-    """Why a row cannot be used, and the remedy; the reader adds file and line."""
+    """Why a row cannot be used, and the remedy; readers.py adds file and line."""
 
 
 def row_to_samples(row: Any, source_location: str, data: DataConfig) -> list[Pair | PreformattedRow]:
-    """The comparisons that a raw row holds.
+    """The pairs in a raw row: one, several of a ranked list, or a preformatted row.
 
     Raises:
         BadRow: a field is missing, empty, of the wrong type, or the responses are equal.
@@ -67,7 +67,7 @@ def row_to_samples(row: Any, source_location: str, data: DataConfig) -> list[Pai
 
 
 def row_to_list(row: Any, source_location: str, data: DataConfig) -> list[ResponseList]:
-    """The list of responses that a raw row holds, in its `responses` (or `completions`) field; no ranks are needed.
+    """The list of responses in a raw row's field `responses` (or `completions`); it needs no ranks.
 
     Raises:
         BadRow: a field is missing or empty, or `reference` names no response.
@@ -92,7 +92,7 @@ def row_to_list(row: Any, source_location: str, data: DataConfig) -> list[Respon
 
 
 def _completion_text(entry: Any) -> Any:
-    """What a list's entry says, where it is an object such as {completion, rank} and not a message."""
+    """The response in an entry of a list: of an object such as {completion, rank} its text, of others the entry itself."""
     if isinstance(entry, dict) and "role" not in entry and "from" not in entry:
         return next((entry[key] for key in ("completion", "response", "text", "content") if key in entry), None)
     return entry
@@ -125,7 +125,7 @@ def _convert(row: dict, data: DataConfig, source_location: str) -> list[Pair | P
 def _chosen_rejected(row, data, chosen: Optional[str], rejected: Optional[str], weight: float, source_location: str) -> Pair:
     messages = row.get("messages")
     if rejected and not chosen and isinstance(messages, list) and not isinstance(row[rejected], list):
-        prompt, better = _split_answer(_messages(messages))  # the chosen answer ends the conversation itself
+        prompt, better = _split_answer(_messages(messages))  # the conversation ends with the chosen response
         worse = _text(row[rejected], rejected)
     else:
         if not chosen or not rejected:
@@ -162,7 +162,7 @@ def _labelled_pair(row, data, name_a: str, name_b: str, weight: float, source_lo
 
 
 def _ranked(row, data, weight: float, source_location: str) -> list[Pair]:
-    """All pairs of a ranked list, which together weigh as much as one comparison (InstructGPT's 1 / (K choose 2))."""
+    """All pairs of a ranked list; their weights sum to that of one comparison (InstructGPT's 1 / (K choose 2))."""
     name = _prompt_name(row, data, exclude=("responses", "completions"))
     if name is None:
         raise BadRow("field 'prompt' is missing. Add it, or name it with --prompt-key.")
@@ -228,13 +228,13 @@ def _prompt_name(row: dict, data: DataConfig, exclude: Sequence[str]) -> Optiona
 
 
 def _instruction(row: dict) -> str:
-    """Alpaca's two prompt fields, joined as LLaMA-Factory does."""
+    """Alpaca's prompt fields `instruction` and `input`, joined as LLaMA-Factory does."""
     instruction, extra = _text(row["instruction"], "instruction"), row.get("input")
     return f"{instruction}\n{extra}" if isinstance(extra, str) and extra else instruction
 
 
 def _context(row: dict, name: str) -> list[tuple[str, str]]:
-    """The conversation before the responses, as (speaker, text)."""
+    """The conversation before the responses, as a list of (speaker, text)."""
     value = row[name]
     if name == "instruction":
         value = _instruction(row)
@@ -253,7 +253,7 @@ def _messages(value: list, name: str = "messages") -> list[tuple[str, str]]:
 
 
 def _response(value: Any, name: str, context: list[tuple[str, str]]) -> str:
-    """A response given as text, as one message, or as messages (with or without the prompt's in front)."""
+    """A response that is given as text, as one message, or as messages (with or without those of the prompt)."""
     if isinstance(value, dict):
         return _messages([value], name)[0][1]
     if not isinstance(value, list):
@@ -279,7 +279,7 @@ def _split_answer(messages: list[tuple[str, str]]) -> tuple[str, str]:
 
 
 def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[str, str, str]:
-    """Prompt and responses where both fields hold the whole conversation (TRL's implicit prompt, Anthropic's HH)."""
+    """Prompt and responses of a row whose two fields hold whole conversations (TRL's implicit prompt, Anthropic's HH)."""
     if isinstance(chosen, list) and isinstance(rejected, list):
         first, second = _messages(chosen, "chosen"), _messages(rejected, "rejected")
     elif isinstance(chosen, str) and isinstance(rejected, str):
@@ -300,7 +300,7 @@ def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[str, str, str]:
 
 
 def _turns(text: str) -> list[tuple[str, str]]:
-    """Turns of a "\\n\\nHuman: ...\\n\\nAssistant: ..." dialogue; [] where the text does not begin as one."""
+    """Turns of a "\\n\\nHuman: ...\\n\\nAssistant: ..." dialogue; [] if the text does not begin as one."""
     turns: list[tuple[str, str]] = []
     for block in ("\n\n" + text.lstrip()).split("\n\n")[1:]:
         speaker, colon, rest = block.partition(":")
@@ -356,7 +356,7 @@ def _number(row: dict, name: str, default: float) -> float:
 
 
 def _shown(value: Any) -> str:
-    """A value for a message; of nested ones the type alone."""
+    """A value as it is shown in an error; of lists and objects the type alone."""
     return f"a {type(value).__name__}" if isinstance(value, (list, dict)) else repr(value)
 
 

@@ -1,4 +1,4 @@
-"""Shows a packed micro-batch as a person reads it: where each sample lies, which tokens carry loss, where the label row is."""
+"""gram data inspect: a packed micro-batch as text, with the range of each sample, the tokens that carry loss, the label row."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def describe(arguments: InspectArguments) -> Iterator[str]:
-    """Lines of the report.
+    """The lines that the command prints.
 
     Raises:
         ConfigError: there is no such sample.
@@ -58,15 +58,15 @@ def describe(arguments: InspectArguments) -> Iterator[str]:
         f"{len(pack.rows)} rows that predict"
     )
     bounds = pack.cu_seqlens.tolist()[:: dataset.parts.shape[1]]
-    for place, sample in enumerate(pack.sample_ids.tolist()):
+    for number, sample in enumerate(pack.sample_ids.tolist()):
         if not arguments.only_sample or sample == arguments.sample:
-            yield from _describe_sample(dataset, tokenizer, pack, sample, bounds[place], bounds[place + 1])
+            yield from _describe_sample(dataset, tokenizer, pack, sample, bounds[number], bounds[number + 1])
     if bounds[len(pack.sample_ids)] < len(pack.tokens):
         yield f"\npadding: {len(pack.tokens) - bounds[len(pack.sample_ids)]} tokens"
 
 
 def _pack_of(dataset: PairDataset, sample: int, pack_tokens: int) -> PackedBatch:
-    """The pack that would hold the sample if its neighbours were one global batch."""
+    """The pack that contains the sample when each 8 neighbouring samples form a global batch."""
     loader = PackedLoader(
         dataset,
         global_batch_size=8,

@@ -1,7 +1,7 @@
-"""Whether preprocessed files are those that were written: sizes, checksums and index values, checked when they are opened.
+"""Integrity of preprocessed files: sizes, checksums and index values, checked when the data is opened.
 
 The manifest holds the size of each file and the CRC-32 of each of its blocks, and a CRC-32 of itself.  Blocks are read in
-parallel and show where the damage is.  As whoever can change the data can change its checksums too (checksums.py), index
+parallel and show where the damage is.  Whoever can change the data can change its checksums too (checksums.py), so index
 values are checked as well before megatron-core uses them.
 """
 
@@ -21,7 +21,7 @@ ENDINGS = (TOKENS, INDEX, SAMPLES)
 BLOCK_BYTES = 64 << 20
 SEAL = "checksum"
 AGAIN = "Preprocess the data again: gram preprocess --data FILE --output-prefix PREFIX."
-"""Remedy of everything that is refused here."""
+"""The remedy in all errors of this module."""
 
 # megatron-core's index: magic, version, dtype code, sequences, documents (one more than there are).
 _HEADER = struct.Struct("<9sQBQQ")
@@ -44,17 +44,17 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_seal(path: Path, manifest: dict[str, Any]) -> None:
-    """Raise DataError where a manifest is not as `sealed` left it."""
+    """Raise DataError if a manifest has changed since `sealed` added its checksum."""
     content = {name: value for name, value in manifest.items() if name != SEAL}
     if manifest.get(SEAL) != crc32_of_json(content):
         raise DataError(f"{path}: was changed after it was written (its checksum differs). {AGAIN}")
 
 
 def check_files(prefix: str | Path, described: dict[str, dict[str, Any]], whole: bool) -> None:
-    """Compare the files behind `prefix` with what the manifest says of them.
+    """Compare the files behind `prefix` with the manifest's entry `files`.
 
     Args:
-        whole: also read the tokens; else only their size is compared.
+        whole: also read the tokens; otherwise only their size is compared.
 
     Raises:
         DataError: names the first file that is missing, of another size, or altered.
@@ -82,7 +82,7 @@ def check_index(prefix: str | Path, num_samples: int) -> None:
     """Check each value of PREFIX.idx before megatron-core reads with it.
 
     Raises:
-        DataError: no index, not of `num_samples` sequences that lie one behind the other and fill PREFIX.bin.
+        DataError: it is not an index of `num_samples` sequences that follow each other and fill PREFIX.bin.
     """
     path = Path(f"{prefix}{INDEX}")
     raw = np.memmap(path, np.uint8, "r") if path.stat().st_size >= _HEADER.size else np.empty(0, np.uint8)

@@ -1,7 +1,7 @@
-"""Packed micro-batches of a data set: a pure function of (seed, samples consumed), for every data-parallel process.
+"""Packed micro-batches of a data set, for every data-parallel process: a pure function of (seed, samples consumed).
 
 Each step packs its own global batch of `global_batch_size` samples, so neither the number of processes nor a restart
-changes which samples a step sees. Nothing is padded but the end of a pack, up to `pad_multiple`.
+changes which samples a step sees. Sequences are packed without padding; only a pack's end is padded, to `pad_multiple`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from gram_engine.kernels.attention import AttentionBounds
 
 PADDING_TOKEN = 0
 ATTENTION_COST = 1 / 24576
-"""Attention of a causal sequence of L tokens, per token of linear layers: L^2 / (12 x hidden size), at 2,048."""
+"""Cost of attention over L tokens is L^2 times this, in units of one token's linear layers: 1 / (12 x hidden size of 2,048)."""
 
 
 @dataclass
 class PackedBatch:
-    """One micro-batch: samples end to end (THD), on the CPU; padding at the end forms a sequence of its own.
+    """One micro-batch: samples packed end to end (THD), on the CPU. Padding at the end is a sequence of its own.
 
-    tokens, position_ids: int64 [T]; cu_seqlens: int32 [sequences + 1]; rows: int64 [R], positions whose hidden state
-    predicts (stage 2: the last token of each sample; stage 1: position p predicts token p + 1; bradley-terry: the last
-    token of [x, y_a], then of [x, y_b], of each sample); targets: int64 [R] in stage 1, else empty; sample_ids, preference,
-    weight, margin: [S], rows of the data set. Weights are scaled so that their mean over the global batch is 1.
+    tokens, position_ids: int64 [tokens].
+    cu_seqlens: int32 [sequences + 1].
+    rows: int64 [rows], positions whose hidden state predicts. Stage 1: position p predicts token p + 1. Stage 2: the last
+        token of each sample. Bradley-Terry: for each sample the last token of [x, y_a], then that of [x, y_b].
+    targets: int64 [rows] in stage 1, otherwise empty.
+    sample_ids: int64 [samples], numbers of the samples in the data set.
+    preference, weight, margin: fp32 [samples], as in the data set, but weights are scaled to a mean of 1 over the global batch.
     attention, label_attention: the keys that each token and each label row sees; training/microbatches.py sets them.
-    sft_rows, sft_targets: int64 [N], sft_weight: fp32 [N], where bradley-terry also learns the better response: positions,
-    the tokens they predict, and the weight of each.
+    sft_rows, sft_targets: int64 [n], sft_weight: fp32 [n], with --sft-loss-weight: positions in the better responses, the
+        tokens that they predict, and their weights.
     """
 
     tokens: torch.Tensor
@@ -55,10 +58,12 @@ class PackedBatch:
 
 @dataclass
 class GlobalBatch:
-    """This process's micro-batches of one step, equally many on every process, and the step's totals over all of them.
+    """This process's micro-batches of one step, as many as every process has, and totals of the step over all processes.
 
-    sample_ids: int64 [samples], rows of the data set, the same on every process.
-    is_placed: whether the micro-batches are on the device, as this process's stage runs them (training/microbatches.py).
+    num_rows: positions for which the output layer is computed.
+    squared_lengths: sum over sequences of the square of their length.
+    sample_ids: int64 [samples], numbers in the data set, the same on every process.
+    is_placed: whether the micro-batches are on the device, in the form that this process runs (training/microbatches.py).
     """
 
     microbatches: list[PackedBatch]
@@ -79,12 +84,13 @@ class PackedLoader:
     """Packs global batches of a data set.
 
     Args:
-        pack_tokens: most tokens of samples in a micro-batch.
-        pad_multiple: the length of a micro-batch is a multiple of this.
-        sequence_multiple: and so is every sample's, of this, by padding at its end (which pad_multiple must be one of).
+        pack_tokens: maximum number of tokens of samples in a micro-batch.
+        pad_multiple: the length of a micro-batch is padded to a multiple of this, which is a multiple of `sequence_multiple`.
+        sequence_multiple: every sample is padded at its end to a multiple of this.
         microbatch_multiple: the number of micro-batches is a multiple of this (pipeline size with virtual stages).
         response_loss, marker_loss: stage 1, which tokens of the target carry loss.
-        sft: bradley-terry, whether batches name the tokens of the better response.
+        sft: bradley-terry, whether batches list the tokens of the better response.
+        attention_cost: see packing.sample_costs.
 
     Raises:
         ConfigError: a sample is longer than a pack.
@@ -126,23 +132,23 @@ class PackedLoader:
         self._sft_ranges = _better_responses(dataset) if sft else []
         self._num_rows = sum(np.maximum(end - start, 0) for start, end, *_ in self._sft_ranges or self._loss_ranges)
         self._squares = (dataset.parts**2).sum(axis=1)
-        # Permutations of the last two epochs: a batch may span both.
+        # Of the last two epochs, because a batch may span both.
         self._permutation = lru_cache(maxsize=2)(self._new_permutation)
 
     def batch(self, consumed_samples: int) -> GlobalBatch:
-        """The global batch after `consumed_samples` samples; epochs are permutations, one after the other."""
+        """The global batch after `consumed_samples` samples; every epoch is a new permutation of the data set."""
         numbers = np.arange(consumed_samples, consumed_samples + self.global_batch_size)
         epochs, places = np.divmod(numbers, len(self.dataset))
         ids = [self._permutation(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
         return self._global_batch(np.concatenate(ids))
 
     def evaluation_batches(self) -> Iterator[GlobalBatch]:
-        """Every sample once, in order; the last batch may be smaller."""
+        """Global batches of every sample once, in order; the last batch may be smaller."""
         for start in range(0, len(self.dataset), self.global_batch_size):
             yield self._global_batch(np.arange(start, min(start + self.global_batch_size, len(self.dataset))))
 
     def totals(self) -> tuple[int, int, int]:
-        """Tokens, rows that meet the output layer and sum of squared lengths of the whole data set."""
+        """Of the whole data set: tokens, rows for which the output layer is computed, sum of squared lengths."""
         return int(self.dataset.lengths.sum()), int(self._num_rows.sum()), int(self._squares.sum())
 
     def _new_permutation(self, epoch: int) -> np.ndarray:
@@ -162,7 +168,7 @@ class PackedLoader:
         )
 
     def packs(self, lengths: np.ndarray) -> list[list[int]]:
-        """This process's packs of a global batch, as indices of `lengths`."""
+        """This process's packs of a global batch, each a list of indices into `lengths`."""
         every = plan(lengths, self.pack_tokens, self.dp_size, self.microbatch_multiple, self.attention_cost)
         return every[self.dp_rank]
 
@@ -195,7 +201,7 @@ class PackedLoader:
         )
 
     def _sequence_starts(self, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """Where the sequences of a pack begin: its samples, or the parts of these."""
+        """Start positions of the sequences in a pack, int64 [sequences]."""
         parts = self.dataset.parts[ids]
         return (starts[:-1, None] + parts.cumsum(axis=1) - parts).flatten()
 
@@ -215,7 +221,7 @@ class PackedLoader:
         )
 
     def _rows(self, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """Positions in the pack whose hidden state predicts, ascending."""
+        """Positions in the pack whose hidden state predicts, ascending, int64 [rows]."""
         ranges = [
             np.arange(begin[sample], end[sample]) + start
             for sample, start in zip(ids, starts)
@@ -227,7 +233,7 @@ class PackedLoader:
 def _loss_ranges(
     dataset: PairDataset, response_loss: str, marker_loss: bool
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Ranges of predicting positions of every sample, [(first [n], end [n]), ...], one before the tokens they predict."""
+    """Ranges of positions that predict, as [(first [samples], end [samples]), ...]; a position is one before its target."""
     facts, lengths = dataset.samples, dataset.lengths
     if dataset.manifest.task.text != "generate":
         ends = dataset.parts.cumsum(axis=1)
@@ -253,8 +259,10 @@ def _loss_ranges(
 
 
 def _better_responses(dataset: PairDataset) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Bradley-Terry: the positions that predict the better response and the end of its text, [(first [n], end [n], weight
-    [n]), ...] for A and for B; the worse one's are none, those of a tie have half the sample's weight each.
+    """Bradley-Terry: for A and for B, the positions that predict the response and the end of its text, if it is the better one.
+
+    Returns (first [samples], end [samples], weight [samples]) of A and of B. The range of the worse response is empty; in a tie
+    both have half of the sample's weight.
     """
     facts = dataset.samples
     shares = (facts["preference"].astype(np.float64), 1.0 - facts["preference"])

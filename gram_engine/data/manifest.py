@@ -14,7 +14,7 @@ from gram_engine.errors import DataError
 from gram_engine.files import read_json, write_json
 
 FORMAT_VERSION = 2
-"""2: with checksums. Data of version 1 is refused: making it again takes less time than training on damaged tokens."""
+"""Version 2 added checksums. Data of version 1 is refused: preprocessing again costs less than training on damaged tokens."""
 
 _OF_DATA = {"objective": str, "seq_length": int, "counts": dict, "tokenizer": dict, "template": dict, "files": dict}
 
@@ -24,7 +24,7 @@ class Manifest:
     """Fields are named as in the JSON file. An imported checkpoint's manifest has the template and the labels alone."""
 
     template: dict[str, Any]
-    """JudgeTemplate's fields and the `sha256` of its text."""
+    """Fields of JudgeTemplate, and its `sha256`."""
     label_ids: Optional[list[int]] = None
     """Tokens A and B; None for objectives without label tokens."""
     format_version: int = FORMAT_VERSION
@@ -35,12 +35,14 @@ class Manifest:
     pair_order: Optional[str] = None
     seed: Optional[int] = None
     counts: dict[str, int] = field(default_factory=dict)
-    """rows, samples, truncated, dropped, rejected."""
+    """Numbers of rows, samples, truncated, dropped and rejected."""
     tokens: Optional[int] = None
+    """Of all samples."""
     longest: Optional[int] = None
+    """Tokens of the longest sample."""
     tokenizer: dict[str, Any] = field(default_factory=dict)
     conversation: Optional[dict[str, Any]] = None
-    """Text around prompt and response, for tasks with one response per sequence (data/conversation.py)."""
+    """Fields of Conversation, for tasks with one response per sequence."""
     sources: list[dict[str, str]] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Size and checksums of .bin, .idx and .samples.npy (integrity.py)."""

@@ -1,7 +1,7 @@
-"""Which samples share a pack, and which data-parallel process gets which pack: pure functions of the lengths.
+"""Assigns samples to packs, and packs to data-parallel processes: pure functions of the lengths.
 
-The cost of a sample is its tokens plus a share of its squared length (attention), so that packs that take equally long,
-not packs with equally many tokens, run side by side.
+The cost of a sample is its tokens plus a share of its squared length (attention), so that the packs that run at the same time
+take equally long, instead of having equally many tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def sample_costs(lengths: np.ndarray, attention_cost: float) -> np.ndarray:
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `lengths` in as few packs of at most `capacity` as best-fit decreasing finds.
+    """Packs of at most `capacity` tokens by best-fit decreasing, each a list of indices into `lengths`.
 
     Raises:
         ValueError: a length exceeds the capacity.
@@ -31,21 +31,21 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
         length = int(lengths[index])
         if length > capacity:
             raise ValueError(f"a sample of {length} tokens does not fit into a pack of {capacity}")
-        place = bisect_left(free, (length, -1))
-        if place == len(free):
+        smallest = bisect_left(free, (length, -1))
+        if smallest == len(free):
             packs.append([index])
             insort(free, (capacity - length, len(packs) - 1))
         else:
-            room, pack = free.pop(place)
+            room, pack = free.pop(smallest)
             packs[pack].append(index)
             insort(free, (room - length, pack))
     return packs
 
 
 def balanced_packs(lengths: Sequence[int], costs: Sequence[float], capacity: int, num_packs: int) -> Optional[list[list[int]]]:
-    """Exactly `num_packs` packs of about equal cost, each within `capacity`; None where the greedy rule finds no room.
+    """Exactly `num_packs` packs of about equal cost, each within `capacity`; None if the greedy rule finds no room.
 
-    The dearest sample goes first, each into the cheapest pack that has room for it.
+    Samples are placed in the order of decreasing cost, each into the cheapest pack that has room for it.
     """
     packs: list[list[int]] = [[] for _ in range(num_packs)]
     heap = [(0.0, pack, capacity) for pack in range(num_packs)]
@@ -64,7 +64,7 @@ def balanced_packs(lengths: Sequence[int], costs: Sequence[float], capacity: int
 
 
 def assign_to_ranks(pack_costs: Sequence[float], num_ranks: int) -> list[list[int]]:
-    """Packs of each rank: equally many (their number must divide), with about equal cost, dearest first."""
+    """Packs of each rank: equally many (`num_ranks` must divide their number), of about equal total cost, costliest first."""
     per_rank, rest = divmod(len(pack_costs), num_ranks)
     assert rest == 0, "the number of packs must be a multiple of the number of ranks"
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
@@ -79,7 +79,7 @@ def assign_to_ranks(pack_costs: Sequence[float], num_ranks: int) -> list[list[in
 def plan(lengths: np.ndarray, capacity: int, num_ranks: int, multiple: int, attention_cost: float) -> list[list[list[int]]]:
     """Packs of every rank, [num_ranks][packs] lists of indices into `lengths`; a pack may be empty.
 
-    Every rank has the same number of packs, a multiple of `multiple`; samples are spread over all of them.
+    Every rank has the same number of packs, which is a multiple of `multiple`.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     costs = sample_costs(lengths, attention_cost)
@@ -94,5 +94,5 @@ def plan(lengths: np.ndarray, capacity: int, num_ranks: int, multiple: int, atte
 
 
 def _decreasing(values: Sequence[float]) -> list[int]:
-    """Indices from the largest value to the smallest, equal ones in their own order."""
+    """Indices from the largest value to the smallest; equal values keep their order."""
     return np.argsort(-np.asarray(values, dtype=np.float64), kind="stable").tolist()

@@ -1,6 +1,7 @@
-"""Preference files -> token sequences on disk (dataset.py says which files), by any number of processes.
+"""Preprocessing: from preference files to tokens on disk (dataset.py lists the files), with any number of processes.
 
-All rows are read and checked before the first one is tokenised. The result does not depend on the number of processes.
+All rows are read and checked before the first one is tokenised, so that a bad row stops a long run at its start. The result
+does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -70,11 +71,11 @@ def preprocess(
     """Write PREFIX.bin/.idx/.samples.npy/.json (and .rejects.jsonl with cfg.skip_bad_rows); returns the manifest.
 
     Args:
-        tokenizer: the one that `cfg` names, if it is loaded already.
-        fingerprints: SHA-256 of each of `paths`, if they are known already.
+        tokenizer: the tokenizer that `cfg` names, if it is loaded already.
+        fingerprints: SHA-256 of each of `paths`, if known already.
 
     Raises:
-        ConfigError: tokenizer, template or seq_length cannot work, or both orders are asked for where they are the same.
+        ConfigError: tokenizer, template or seq_length cannot work, or both orders are asked for and do not differ.
         DataError: a bad row ("file:line: what; remedy"), or nothing left to train on.
     """
     task = TASKS[objective]
@@ -92,11 +93,12 @@ def preprocess(
     num_rows = sum(1 for _ in tqdm(checked, desc="checking", **progress))
     rejects.close()
 
-    tokenise = _Tokenise(tokenizer, template, conversation, task, cfg.seq_length, cfg.overlong, cfg.ties, both_orders, seed)
+    settings = (cfg.seq_length, cfg.overlong, cfg.ties, both_orders, seed)
+    tokeniser = _RowTokeniser(tokenizer, template, conversation, task, *settings)
     rows = enumerate(checked_rows(paths, cfg, task, template, rejects.ignore))
     with DatasetWriter(prefix, tokenizer.vocab_size) as writer:
         bar = tqdm(total=num_rows, desc="tokenising", **progress)
-        for chunk in _tokenised(tokenise, rows, workers):
+        for chunk in _tokenised(tokeniser, rows, workers):
             writer.add(chunk)
             bar.update(chunk.num_rows)
         bar.close()
@@ -132,10 +134,10 @@ def preprocess(
 
 
 def ensure_preprocessed(files: Sequence[str | Path], config: Config, both_orders: bool, tokenizer: Tokenizer) -> PairDataset:
-    """The preprocessed files in --data-cache-path, made now unless they are there already.
+    """The preprocessed files in --data-cache-path, written now unless they exist already.
 
-    The name is a hash of the files' content and of every setting that shapes the result. To be called by one process of a
-    run; of several runs at once, one makes it.
+    Their name holds a hash of the files' content and of every setting that changes the result. One process of a run calls this;
+    of several runs at the same time one preprocesses, and the others wait.
     """
     cfg, seed, objective = config.data, config.training.seed, config.training.objective
     for path in files:
@@ -177,7 +179,7 @@ def ensure_preprocessed(files: Sequence[str | Path], config: Config, both_orders
 
 
 def summary(manifest: Manifest) -> str:
-    """What came out, in a line."""
+    """Counts of rows, samples and tokens, in one line."""
     counts = manifest.counts
     mean = manifest.tokens / counts["samples"]
     return (
@@ -194,7 +196,7 @@ def checked_rows(
     template: JudgeTemplate,
     on_reject: Optional[OnReject],
 ) -> Iterator[Row]:
-    """`read_rows`, with a check that each row can serve the task."""
+    """`read_rows`, with a check that each row can be used for the task."""
     on_reject = on_reject if cfg.skip_bad_rows else None
     for row in read_rows(paths, cfg, on_reject):
         problem = _unfit(row, task, template)
@@ -209,6 +211,7 @@ def checked_rows(
 
 
 def _unfit(row: Row, task: Task, template: JudgeTemplate) -> Optional[str]:
+    """Why a row cannot be used for the task, and the remedy; None if it can."""
     labelled = not math.isnan(preference_of(row, template))
     if task.needs_labels and isinstance(row, Pair) and not labelled:
         return f"no label, which {task.name} needs. Add label (A, B or tie), or train with --objective response-lm."
@@ -231,17 +234,18 @@ def _unfit(row: Row, task: Task, template: JudgeTemplate) -> Optional[str]:
 
 
 def swapped_first(seed: int, number: int) -> bool:
-    """Whether comparison `number` shows its responses swapped: a fair coin per two neighbours, which differ.
+    """Whether pair `number` is shown with its responses swapped.
 
-    So exactly half of the comparisons are swapped, whatever the seed, and the first response is not favoured.
+    Of two neighbouring pairs one is swapped, which one is random: so exactly half of the pairs are swapped with any seed, and
+    the data favours neither position.
     """
     coin = hashlib.blake2b(f"{seed}:{number // 2}".encode(), digest_size=1).digest()[0] & 1
     return bool(coin ^ (number & 1))
 
 
 @dataclasses.dataclass
-class _Tokenise:
-    """All that a worker needs to tokenise rows."""
+class _RowTokeniser:
+    """What a worker needs to tokenise rows."""
 
     tokenizer: Tokenizer
     template: JudgeTemplate
@@ -254,7 +258,7 @@ class _Tokenise:
     seed: int
 
     def run(self, rows: list[tuple[int, Row]]) -> Chunk:
-        """Tokenise numbered rows."""
+        """Tokenise (number of the pair, row)."""
         tokens: list[int] = []
         lengths, records, truncated, dropped = [], [], 0, 0
         for number, row in rows:
@@ -282,7 +286,7 @@ class _Tokenise:
     def _orders(self, number: int, row: Row) -> tuple[int, ...]:
         if not self.task.order_matters:
             return (0,)
-        if isinstance(row, PreformattedRow):  # used as written; swapped only where both orders are wanted and possible
+        if isinstance(row, PreformattedRow):  # in its own order; swapped only if both orders are asked for and possible
             if self.both_orders and layout_of(row, self.template, self.task.text, swapped=False).has_responses:
                 return (0, 1)
             return (0,)
@@ -296,34 +300,34 @@ class _Tokenise:
         build = judge_sample if self.task.text == "judge" else generate_sample
         try:
             return build(self.tokenizer, layout, self.seq_length, self.overlong)
-        except ConfigError:  # check_seq_length found room beside the template: it is the row that leaves none
+        except ConfigError:  # check_seq_length found room beside the template, so it is this row that leaves none
             raise OverlongSample(
                 f"the text around its prompt and responses leaves no room in --seq-length {self.seq_length}. "
                 "Raise it, or use --overlong drop."
             ) from None
 
 
-_worker: Optional[_Tokenise] = None
+_worker: Optional[_RowTokeniser] = None
 
 
-def _start_worker(tokenise: _Tokenise) -> None:
+def _start_worker(tokeniser: _RowTokeniser) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = tokenise
+    _worker = tokeniser
 
 
 def _run_in_worker(rows: list[tuple[int, Row]]) -> Chunk:
     return _worker.run(rows)
 
 
-def _tokenised(tokenise: _Tokenise, rows: Iterable[tuple[int, Row]], workers: int) -> Iterator[Chunk]:
-    """Chunks in the order of the rows; at most a few per worker are in flight, so memory stays small."""
+def _tokenised(tokeniser: _RowTokeniser, rows: Iterable[tuple[int, Row]], workers: int) -> Iterator[Chunk]:
+    """Chunks in the order of the rows; each worker has at most a few batches pending, which bounds the memory."""
     batches = _batched(rows, ROWS_PER_TASK)
     if workers <= 1:
-        yield from map(tokenise.run, batches)
+        yield from map(tokeniser.run, batches)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(tokenise,)) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(tokeniser,)) as pool:
         pending: deque = deque()
         try:
             for batch in batches:
@@ -355,7 +359,7 @@ class OutputConfig:
     output_prefix: Optional[str] = None
     """Prefix of the files: PREFIX.bin, .idx, .samples.npy, .json (required)."""
     objective: ObjectiveName = "pair-preference"
-    """What the data is for: response-lm (stage 1), pair-preference (stage 2) or bradley-terry."""
+    """Objective that the data is for: response-lm (stage 1), pair-preference (stage 2) or bradley-terry."""
     seed: int = 1234
     """Seed of the order in which the two responses are shown."""
 

@@ -1,7 +1,6 @@
-"""Reads preference data as people have it: one checked `Pair` (or ready-made `PreformattedRow` row) after the other.
+"""Reads preference data from JSONL and JSON files (also gzipped), Parquet files and data sets of the Hugging Face hub.
 
-Files: JSONL, JSON, both also gzipped, and Parquet; and data sets of the Hugging Face hub by name (`sources.py`).
-`fields.py` knows what the fields of a row are called.
+Each row becomes checked pairs, or a preformatted row. fields.py knows the names of fields, sources.py the hub.
 """
 
 from __future__ import annotations
@@ -23,25 +22,25 @@ from gram_engine.files import is_hub_name, missing_source_message, source_is_the
 
 T = TypeVar("T")
 LONGEST_LINE = 64 << 20
-"""Bytes; what is longer is no row but a file without line breaks, or a trap for the memory."""
+"""Bytes. A longer line is not a row but a file without line breaks, or an attempt to exhaust the memory."""
 OnReject = Callable[[DataError, Any], None]
-"""Called with the error and the raw row (or line) of each bad row, instead of stopping."""
+"""Called with the error and the raw content of each bad row, instead of stopping."""
 
 
 def read_rows(
     paths: Sequence[str | Path], data: DataConfig, on_reject: Optional[OnReject] = None
 ) -> Iterator[Pair | PreformattedRow]:
-    """All comparisons of the files, in order; a ranked list of K responses gives its K(K-1)/2 pairs. Raises as `read_items`."""
+    """All pairs in the files, in order; a ranked list of K responses gives K(K-1)/2 pairs. Raises as `read_items`."""
     return read_items(paths, partial(row_to_samples, data=data), on_reject)
 
 
 def read_items(
     paths: Sequence[str | Path], convert: Callable[..., list[T]], on_reject: Optional[OnReject] = None
 ) -> Iterator[T]:
-    """What `convert(row, source_location)` makes of each row of the files, in order.
+    """The items that `convert(row, source_location)` returns for each row of the files, in order.
 
     Raises:
-        DataError: a file is missing, empty or unreadable; or, without `on_reject`, a row is bad ("file:line: what; remedy").
+        DataError: a file is missing, empty or unreadable; or a row is bad ("file:line: what; remedy") and `on_reject` is None.
     """
     for path in paths:
         if not source_is_there(path):
@@ -67,7 +66,7 @@ def read_items(
 
 
 def _raw_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, parsed row or the BadRow that says why there is none); Parquet rows count as lines."""
+    """(line number, the parsed row, or the BadRow that tells why it cannot be parsed); a Parquet row counts as a line."""
     name = path.name.removesuffix(".gz")
     if name.endswith((".parquet", ".pq")):
         yield from _parquet_rows(path)
@@ -86,7 +85,7 @@ def _raw_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _first_byte(handle) -> bytes:
-    """First byte that is not white space (or a byte-order mark); the handle is back at its start afterwards."""
+    """First byte after white space and byte-order mark; leaves the handle at the start of the file."""
     head = handle.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     handle.seek(0)
     return head[:1]
@@ -126,7 +125,7 @@ def _beyond_json(error: Exception) -> str:
 
 
 def _unique_names(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; refuses a name that is there twice, of which readers take one or the other."""
+    """A JSON object; a name that occurs twice is refused, because parsers differ in which of the two they keep."""
     row = dict(fields)
     if len(row) < len(fields):
         (name, _), *_ = Counter(name for name, _ in fields).most_common(1)
@@ -138,9 +137,9 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique_names)
 
 
 def _array_rows(path: Path, raw: bytes) -> Iterator[tuple[int, Any]]:
-    """Rows of a JSON array, each with the line it begins on; the array is parsed piece by piece to know the lines.
+    """Rows of a JSON array with the lines they begin on, which is why the array is parsed row by row.
 
-    A row that is not JSON cannot be skipped, as nothing says where it ends.
+    A row that is not JSON cannot be skipped, because its end is unknown.
     """
     try:
         text = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
@@ -169,7 +168,7 @@ def _array_rows(path: Path, raw: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _element(text: str, position: int) -> tuple[Any, int]:
-    """(row, or the BadRow that says why there is none, though it is JSON; where it ends)."""
+    """(the row, or the BadRow that tells why it cannot be used although it is JSON; the position after it)."""
     try:
         return _DECODER.raw_decode(text, position)
     except BadRow as problem:
@@ -203,6 +202,6 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 yield number, row
         if number != file.metadata.num_rows:
             raise ValueError(f"{number} of {file.metadata.num_rows} rows found")
-    # A damaged file makes pyarrow raise nearly anything, MemoryError for a length that is wrong among it.
+    # For a damaged file pyarrow raises nearly anything, such as MemoryError for a wrong length.
     except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
         raise DataError(f"{path}:{number + 1}: not a readable Parquet file ({error}). Download it again.") from None

@@ -1,13 +1,12 @@
-"""Text -> tokens: the one builder of training and scoring samples, for both stages and the Bradley-Terry baseline.
+"""From texts to tokens, for training and scoring alike. A task's `text` names one of three kinds of samples:
 
-Stage 2 (`judge`): the judge prompt as a user's message, tokenised in one go, so that any server that is given the text
-gets the same tokens; its last token is the label row, which predicts the label (the label itself is not stored).
-Stage 1 (`generate`): the user's message, and then, tokenised apart, the target [y_a, y_b] and the end of the text.
-Bradley-Terry (`conversations`): [x, y_a] and [x, y_b], each tokenised in one go, one behind the other in one sample; the
-last token of each is where its reward is read.
+judge (stage 2): the judge prompt as a user's message, tokenised as one text, so that any server that gets the text makes the
+same tokens. Its last token is the label row, which predicts the label; the label itself is not stored.
+generate (stage 1): the user's message, and the target [y_a, y_b] with the end of the text, which is tokenised separately.
+conversations (Bradley-Terry): [x, y_a] followed by [x, y_b], each tokenised as one text; the reward is read at its last token.
 
-Over-long samples lose text inside their slots, never template or label: the longer response first, then both alike; and
-the beginning of the prompt only where the responses would otherwise get less than half of the room.
+In samples over --seq-length text is cut from the slots, never from the template: from the longer response first, then from both
+alike, and from the beginning of the prompt only if the responses would otherwise have less than half of the room.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from gram_engine.errors import ConfigError, DataError
 Overlong = Literal["truncate", "drop", "error"]
 
 LEAST_SLOT_TOKENS = 8
-"""Room that the prompt and each response must have beside the template."""
+"""The prompt and each response must have room for this many tokens beside the template."""
 
 
 class OverlongSample(DataError):
-    """A sample over --seq-length that `--overlong` drop or error turns away."""
+    """A sample over --seq-length that cannot be shortened, or that `--overlong` drop or error refuses."""
 
 
 @dataclass
 class Sample:
-    """Tokens of one sequence, or of two; ranges are in token positions, -1 where the text does not show them.
+    """The tokens of a sample; ranges are token positions in it, -1: unknown.
 
     `middle` is where the part of the second response begins: its opening marker in stage 1, its sequence for Bradley-Terry.
     """
@@ -47,40 +46,13 @@ class Sample:
     response_b: Span = (-1, -1)
 
 
-def build_judge(
-    tokenizer: Tokenizer,
-    template: JudgeTemplate,
-    prompt: str,
-    a: str,
-    b: str,
-    max_tokens: int,
-    overlong: Overlong = "truncate",
-) -> list[int]:
+def judge_sample(tokenizer: Tokenizer, layout: Layout, max_tokens: int, overlong: Overlong) -> Sample:
     """Tokens of a judge prompt; the hidden state at the last one predicts the label.
 
     Raises:
-        OverlongSample: it does not fit into `max_tokens` and `overlong` is not "truncate".
+        OverlongSample: it has more than `max_tokens` tokens and `overlong` is not "truncate", or it cannot be shortened.
         ConfigError: `max_tokens` is too small for the template itself.
     """
-    return judge_sample(tokenizer, template.judge_layout(prompt, a, b), max_tokens, overlong).tokens
-
-
-def build_generate(
-    tokenizer: Tokenizer,
-    template: JudgeTemplate,
-    prompt: str,
-    a: str,
-    b: str,
-    max_tokens: int,
-    overlong: Overlong = "truncate",
-) -> Sample:
-    """Tokens of a stage-1 sample with the ranges of its target and responses; raises as `build_judge`."""
-    layout = template.generate_layout(prompt).followed_by(template.responses_layout(a, b))
-    return generate_sample(tokenizer, layout, max_tokens, overlong)
-
-
-def judge_sample(tokenizer: Tokenizer, layout: Layout, max_tokens: int, overlong: Overlong) -> Sample:
-    """`build_judge` for a text that is already laid out."""
 
     def build(candidate: Layout) -> Sample:
         return Sample(tokenizer.prefix_ids + tokenizer.encode(tokenizer.wrap_user(candidate.text)))
@@ -89,15 +61,15 @@ def judge_sample(tokenizer: Tokenizer, layout: Layout, max_tokens: int, overlong
 
 
 def generate_sample(tokenizer: Tokenizer, layout: Layout, max_tokens: int, overlong: Overlong) -> Sample:
-    """`build_generate` for texts that are already laid out, prompt and target in one (`Layout.followed_by`)."""
+    """Tokens of a stage-1 sample, prompt and target in one layout (`Layout.followed_by`); raises as `judge_sample`."""
 
     def build(candidate: Layout) -> Sample:
         user, target = candidate.text[: candidate.target], candidate.text[candidate.target :]
         tokens = tokenizer.prefix_ids + tokenizer.encode(tokenizer.wrap_user(user))
         encoding, start = tokenizer.encoding(target), len(tokens)
 
-        def position(place: int) -> int:
-            return start + _first_token_from(encoding, place - candidate.target) if place >= 0 else -1
+        def position(character: int) -> int:
+            return start + _first_token_from(encoding, character - candidate.target) if character >= 0 else -1
 
         slots = [candidate.slots.get(name, (-1, -1)) for name in ("response_a", "response_b")]
         ranges = [(position(begin), position(end)) for begin, end in slots]
@@ -110,11 +82,11 @@ def generate_sample(tokenizer: Tokenizer, layout: Layout, max_tokens: int, overl
 def conversation_sample(
     tokenizer: Tokenizer, conversation: Conversation, prompt: str, response: str, max_tokens: int, overlong: Overlong
 ) -> Sample:
-    """Tokens of [x, y], with the range of y as `response_a`; raises as `build_judge`."""
+    """Tokens of [x, y], with the range of y as `response_a`; raises as `judge_sample`."""
 
     def build(candidate: Layout) -> Sample:
         encoding, start = tokenizer.encoding(candidate.text), len(tokenizer.prefix_ids)
-        first, end = (start + _first_token_from(encoding, place) for place in candidate.slots["response"])
+        first, end = (start + _first_token_from(encoding, character) for character in candidate.slots["response"])
         return Sample(tokenizer.prefix_ids + encoding.ids, response_a=(first, end))
 
     return _fitting(tokenizer, conversation.layout(prompt, response), build, max_tokens, overlong)
@@ -123,7 +95,7 @@ def conversation_sample(
 def conversations_sample(
     tokenizer: Tokenizer, conversation: Conversation, pair: Pair, max_tokens: int, overlong: Overlong
 ) -> Sample:
-    """Tokens of [x, y_a] and [x, y_b], each of at most `max_tokens`; raises as `build_judge`."""
+    """Tokens of [x, y_a] and [x, y_b], each of at most `max_tokens`; raises as `judge_sample`."""
     one, other = (
         conversation_sample(tokenizer, conversation, pair.prompt, response, max_tokens, overlong)
         for response in (pair.response_a, pair.response_b)
@@ -139,13 +111,13 @@ def conversations_sample(
     )
 
 
-def _first_token_from(encoding, place: int) -> int:
-    """Index of the first token that begins at character `place` or later: a token counts where it begins."""
+def _first_token_from(encoding, character: int) -> int:
+    """Index of the first token that begins at `character` or later."""
     low, high = 0, len(encoding.ids)
     while low < high:
         mid = (low + high) // 2
         span = encoding.token_to_chars(mid)
-        if span is not None and span[0] < place:
+        if span is not None and span[0] < character:
             low = mid + 1
         else:
             high = mid
@@ -155,7 +127,7 @@ def _first_token_from(encoding, place: int) -> int:
 def _fitting(
     tokenizer: Tokenizer, layout: Layout, build: Callable[[Layout], Sample], max_tokens: int, overlong: Overlong
 ) -> Sample:
-    """The sample as it is, or with its slots shortened until it has at most `max_tokens` tokens."""
+    """The sample as it is, or with its slots shortened to at most `max_tokens` tokens; raises as `judge_sample`."""
     sample = build(layout)
     if len(sample.tokens) <= max_tokens:
         return sample
@@ -178,7 +150,7 @@ def _fitting(
         if len(sample.tokens) <= max_tokens:
             sample.truncated = True
             return sample
-        # Text that is cut open tokenises a little differently at the cut; take the difference off and try again.
+        # At a cut the text may tokenise differently: subtract the difference from the room and try again.
         room -= len(sample.tokens) - max_tokens
         _check_room(room, len(layout.slots), max_tokens)
 
@@ -186,7 +158,7 @@ def _fitting(
 def check_seq_length(
     tokenizer: Tokenizer, template: JudgeTemplate, conversation: Conversation | None, text: str, max_tokens: int
 ) -> None:
-    """Raise ConfigError if `max_tokens` leaves no room beside the template, or the conversation, of a task's `text`."""
+    """Raise ConfigError if `max_tokens` leaves no room beside the template, or beside the conversation's texts."""
     if text == "conversations":
         layout = conversation.layout("", "")
         empty = conversation_sample(tokenizer, conversation, "", "", sys.maxsize, "error")
@@ -198,7 +170,7 @@ def check_seq_length(
 
 
 def label_ids(tokenizer: Tokenizer, template: JudgeTemplate) -> tuple[int, int]:
-    """Ids of the template's two labels where a judge prompt ends; raises ConfigError where they are not single tokens."""
+    """Ids of the template's two labels after a judge prompt; raises ConfigError if they are not single tokens there."""
     context = tokenizer.wrap_user(template.judge("x", "y", "z"))
     return tokenizer.label_ids(template.label_a, template.label_b, context)
 
@@ -214,9 +186,9 @@ def _check_room(room: int, num_slots: int, max_tokens: int) -> None:
 
 
 def _shares(counts: dict[str, int], room: int) -> dict[str, int]:
-    """Tokens that each slot may keep: of two responses the longer one gives first, then both alike.
+    """Tokens that each slot may keep: the longer of two responses is cut first, then both alike.
 
-    The responses have at least half of the room if they need it; the prompt has what they leave.
+    The responses get at least half of the room if they need it; the prompt gets the rest.
     """
     wanted = {name: count for name, count in counts.items() if name != "prompt"}
     prompt = counts.get("prompt", 0)
@@ -227,7 +199,7 @@ def _shares(counts: dict[str, int], room: int) -> dict[str, int]:
 
 
 def _cuts(layout: Layout, pieces: dict, shares: dict[str, int]) -> list[Span]:
-    """Character ranges to take out: the beginning of the prompt (its oldest turns), the ends of the responses."""
+    """Character ranges to remove: the beginning of the prompt (its oldest turns), the ends of the responses."""
     cuts = []
     for name, (start, end) in layout.slots.items():
         piece, keep = pieces[name], shares[name]
@@ -241,11 +213,7 @@ def _cuts(layout: Layout, pieces: dict, shares: dict[str, int]) -> list[Span]:
 
 
 def layout_of(row: Pair | PreformattedRow, template: JudgeTemplate, text: str, swapped: bool) -> Layout:
-    """The layout of a row for a task's `text` (judge or generate), with its responses as given or swapped.
-
-    Raises:
-        DataError: a ready-made row cannot serve this objective (its text without the place).
-    """
+    """The layout of a row for a task's `text` (judge or generate), with its responses as given or swapped."""
     if isinstance(row, Pair):
         a, b = (row.response_b, row.response_a) if swapped else (row.response_a, row.response_b)
         if text == "judge":
@@ -260,7 +228,7 @@ def layout_of(row: Pair | PreformattedRow, template: JudgeTemplate, text: str, s
 
 
 def pair_of(row: Pair | PreformattedRow, template: JudgeTemplate) -> Pair | None:
-    """The row as a pair; of a ready-made row what stands between the template's markers, None where they are not there."""
+    """The row as a pair: for a preformatted row the texts between the template's markers, or None if markers are missing."""
     if isinstance(row, Pair):
         return row
     layout = template.find_judge(row.instruction)
@@ -271,7 +239,7 @@ def pair_of(row: Pair | PreformattedRow, template: JudgeTemplate) -> Pair | None
 
 
 def _swap_responses(layout: Layout) -> Layout:
-    """A ready-made text with its two responses swapped between their markers."""
+    """A preformatted text with its two responses swapped between their markers."""
     (a_start, a_end), (b_start, b_end) = layout.slots["response_a"], layout.slots["response_b"]
     text = layout.text
     a, between, b = text[a_start:a_end], text[a_end:b_start], text[b_start:b_end]
@@ -282,7 +250,7 @@ def _swap_responses(layout: Layout) -> Layout:
 
 
 def preference_of(row: Pair | PreformattedRow, template: JudgeTemplate) -> float:
-    """Probability that A is better in the given order; nan where a row is unlabelled (also stage-1 ready-made rows)."""
+    """Probability that A is better in the given order; nan if the row has no label, as a preformatted row of stage 1."""
     if isinstance(row, Pair):
         return row.preference
     return {template.label_a: 1.0, template.label_b: 0.0}.get(row.output.strip(), float("nan"))

@@ -1,4 +1,4 @@
-"""What a row of preference data is, whatever file format it came from."""
+"""The rows of preference data, independent of the file format that they came from."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, Sequence
 
 @dataclass(frozen=True)
 class Pair:
-    """One comparison of two responses to a prompt.
+    """Two responses to one prompt, and which of them is better.
 
-    `preference` is the probability that A is better: 1.0 A, 0.0 B, 0.5 tie, nan unlabelled. `margin` says by how much the
-    better one is better (nan where the data has none). `source_location` is "file:line", for messages.
+    `preference` is the probability that A is better: 1.0 A, 0.0 B, 0.5 tie, nan unlabelled. `margin` tells by how much the
+    better response is better (nan: unknown). `source_location` is "file:line", for error messages.
     """
 
     prompt: str
@@ -26,7 +26,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class PreformattedRow:
-    """A row that is already written in the judge template (`instruction` -> `output`), used as it is."""
+    """A row whose text is already in the form of the judge template (`instruction` -> `output`); it is used unchanged."""
 
     instruction: str
     output: str
@@ -36,7 +36,7 @@ class PreformattedRow:
 
 @dataclass(frozen=True)
 class ResponseList:
-    """Responses to one prompt, to be ranked; `reference` is the number of the one they are judged against, if the data says."""
+    """Responses to one prompt, to be ranked; `reference` is the index of the one they are compared with, if the data has it."""
 
     prompt: str
     responses: tuple[str, ...]
@@ -44,7 +44,7 @@ class ResponseList:
     source_location: str = ""
 
 
-# Names of the speakers in the many spellings of chat data; what is not listed keeps its own name.
+# Names of speakers in chat data and how they are written in a prompt; other names stay as they are.
 _ROLES = {
     "user": "Human",
     "human": "Human",
@@ -62,7 +62,7 @@ _ROLES = {
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written: JSON and YAML can spell half of a surrogate pair, which is no character."""
+    """Whether a text can be encoded: JSON and YAML can contain half of a surrogate pair, which is not a character."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,6 +1,6 @@
-"""SentencePiece model -> fast tokenizer of the Hugging Face `tokenizers` library.
+"""Converts a SentencePiece model to a fast tokenizer of the Hugging Face `tokenizers` library.
 
-Training, scoring and export then run one and the same tokenizer, so that an exported folder cannot tokenise otherwise.
+Training, scoring and the exported folder then use the same tokenizer, so that they cannot tokenise differently.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _SPACE = "\u2581"
 def fast_tokenizer_of(model_file: str | Path):
     """A Hugging Face `PreTrainedTokenizerFast` that encodes as the SentencePiece model (BPE or unigram) does.
 
-    The beginning-of-sequence piece, where the model has one, is put in front when special tokens are asked for. Other
-    than SentencePiece, pieces such as "</s>" count as special where the text spells them, and the dummy space in front of
-    a text is also put behind these and behind user-defined pieces: so does every Hugging Face LLaMA tokenizer of this kind.
+    If special tokens are asked for, a text begins with the beginning-of-sequence piece, if the model has one. Unlike in
+    SentencePiece, but as in every Hugging Face LLaMA tokenizer of this kind, a piece such as "</s>" that a text spells is that
+    special token, and the dummy space before a text is also added after special and user-defined pieces.
 
     Raises:
-        ConfigError: the file is no SentencePiece model, or of a kind that has no fast counterpart.
+        ConfigError: the file is not a SentencePiece model, or a model type that has no fast counterpart.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -82,7 +82,7 @@ def _model(proto) -> models.Model:
 
 
 def _merges(proto, ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to put a piece together from two others, best piece first: SentencePiece ranks by the result's score."""
+    """All pairs of pieces whose concatenation is a piece, in the order of the result's score, as SentencePiece merges them."""
     usable = {p.piece for p in proto.pieces if p.type not in (_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED)}
     ranked = []
     for piece in proto.pieces:
@@ -109,9 +109,9 @@ def _normalizer(spec) -> normalizers.Normalizer:
 
 
 def _pre_tokenizer(proto):
-    """Words, where no piece crosses from one word into the next: the same result, but short and cacheable.
+    """Splits a text into words, if no piece crosses from one word into the next; otherwise None.
 
-    Without it the merges of a whole document form one search, which is several times slower.
+    The result is the same, but without it the merges of a whole document are one search, which is several times slower.
     """
     crosses = re.compile(f"[^{_SPACE}]{_SPACE}")
     if any(crosses.search(piece.piece) for piece in proto.pieces if piece.type != _USER_DEFINED):

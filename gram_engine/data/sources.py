@@ -1,4 +1,4 @@
-"""Where rows come from: files, and data sets of the Hugging Face hub by name (`hf:NAME` or `hf:NAME:SPLIT`)."""
+"""Sources of rows: files, and data sets of the Hugging Face hub by name (`hf:NAME` or `hf:NAME:SPLIT`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def source_fingerprint(source: str | Path) -> str:
 
 
 def hub_rows(source: str | Path) -> Iterator[tuple[int, Any]]:
-    """(row number, row) of a hub data set, streamed; its split is `train` unless the name says another.
+    """(row number, row) of a hub data set, streamed; the split is `train` unless the name gives another.
 
     Raises:
         DataError: the datasets package is not installed, or the data set cannot be loaded.

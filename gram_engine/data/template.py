@@ -1,7 +1,7 @@
-"""The judge prompt [c, x, y_a, y_b] of GRAM as data: a YAML file with named slots, versioned and hashed.
+"""The judge prompt [c, x, y_a, y_b] of GRAM as a YAML file with named slots, a version and a hash.
 
-Stage 2 reads `judge`, up to the place of the label; stage 1 reads `generate` (the user's part, x) and `responses` (the
-target, [y_a, y_b]). The same object serves training and scoring, and its text travels with data set and checkpoint.
+Stage 2 uses `judge`, which ends before the label; stage 1 uses `generate` (the user's message, x) and `responses` (the target,
+[y_a, y_b]). Training and scoring use the same template: it is stored with the data set, the checkpoint and the exported folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ _FIELDS = {"judge": ("prompt", "response_a", "response_b"), "generate": ("prompt
 
 @dataclass(frozen=True)
 class Layout:
-    """A filled-in text, the character ranges of its slots, where B's opening marker and where a stage-1 target begin."""
+    """A filled-in text with the character ranges of its slots.
+
+    `middle` is where B's opening marker begins, `target` where a stage-1 target begins; -1: unknown or none.
+    """
 
     text: str
     slots: dict[str, Span]
@@ -40,26 +43,26 @@ class Layout:
 
     @property
     def has_responses(self) -> bool:
-        """Whether the places of both responses are known."""
+        """Whether the ranges of both responses are known."""
         return "response_a" in self.slots and "response_b" in self.slots
 
     def followed_by(self, other: Layout) -> Layout:
-        """Both texts in one: the stage-1 prompt and its target."""
+        """This text and another one after it: the stage-1 prompt and its target."""
         start = len(self.text)
         moved = {name: (begin + start, end + start) for name, (begin, end) in other.slots.items()}
         middle = other.middle + start if other.middle >= 0 else -1
         return Layout(self.text + other.text, {**self.slots, **moved}, middle, start)
 
     def without(self, cuts: list[Span]) -> Layout:
-        """The layout with some character ranges (ascending, inside slots) taken out."""
+        """The layout without some character ranges, which are ascending and inside slots."""
         kept, position = [], 0
         for start, end in cuts:
             kept.append(self.text[position:start])
             position = end
         text = "".join(kept) + self.text[position:]
 
-        def moved(place: int) -> int:
-            return place - sum(min(place, end) - start for start, end in cuts if start < place)
+        def moved(position: int) -> int:
+            return position - sum(min(position, end) - start for start, end in cuts if start < position)
 
         slots = {name: (moved(start), moved(end)) for name, (start, end) in self.slots.items()}
         return Layout(text, slots, moved(self.middle), moved(self.target))
@@ -82,7 +85,7 @@ class JudgeTemplate:
         """A template that ships with the engine, by name, or a YAML file, by path.
 
         Raises:
-            ConfigError: no such template, or the file lacks a slot or a key.
+            ConfigError: there is no such template, or a slot or key is missing in the file.
         """
         source = Path(name_or_path)
         if str(name_or_path) in shipped_templates():
@@ -94,27 +97,31 @@ class JudgeTemplate:
         return cls.from_dict(read_yaml(source), str(source))
 
     @classmethod
-    def from_dict(cls, content: Any, place: str) -> JudgeTemplate:
-        """The template that `to_dict` describes; `place` names its source in messages."""
+    def from_dict(cls, content: Any, source: str) -> JudgeTemplate:
+        """The template that `to_dict` wrote; `source` is named in errors.
+
+        Raises:
+            ConfigError: a slot or a key is missing, unknown, or of another type.
+        """
         if not isinstance(content, dict):
-            raise ConfigError(f"{place}: a template is a mapping with the keys {', '.join(_KEYS)}.")
+            raise ConfigError(f"{source}: a template is a mapping with the keys {', '.join(_KEYS)}.")
         missing, unknown = sorted(_KEYS - content.keys()), sorted(map(str, content.keys() - _KEYS))
         if missing or unknown:
             found = f"missing: {', '.join(missing)}" if missing else f"unknown: {', '.join(unknown)}"
-            raise ConfigError(f"{place}: a template has the keys {', '.join(sorted(_KEYS))}; {found}.")
+            raise ConfigError(f"{source}: a template has the keys {', '.join(sorted(_KEYS))}; {found}.")
         for key, value in content.items():
             if isinstance(value, bool) or not isinstance(value, _KINDS[key]):
                 wanted = "a whole number" if key == "version" else "text, in quotes where YAML would read it as something else"
-                raise ConfigError(f"{place}: '{key}' is of type {type(value).__name__}. Write {wanted}.")
+                raise ConfigError(f"{source}: '{key}' is of type {type(value).__name__}. Write {wanted}.")
             if not is_unicode(str(value)):
-                raise ConfigError(f"{place}: '{key}' holds half of a surrogate pair. Write the whole character.")
+                raise ConfigError(f"{source}: '{key}' holds half of a surrogate pair. Write the whole character.")
         for key, slots in _FIELDS.items():
             if _SLOT.findall(content[key]) != list(slots):
                 wanted = ", ".join(f"{{{slot}}}" for slot in slots)
-                raise ConfigError(f"{place}: '{key}' must hold each of {wanted} once, in this order.")
+                raise ConfigError(f"{source}: '{key}' must hold each of {wanted} once, in this order.")
         label_a, label_b = str(content["label_a"]), str(content["label_b"])
         if not label_a or not label_b or label_a == label_b:
-            raise ConfigError(f"{place}: label_a '{label_a}' and label_b '{label_b}' must be two different words.")
+            raise ConfigError(f"{source}: label_a '{label_a}' and label_b '{label_b}' must be two different words.")
         texts = (content["judge"], content["generate"], content["responses"])
         return cls(str(content["name"]), int(content["version"]), *texts, label_a, label_b)
 
@@ -128,43 +135,43 @@ class JudgeTemplate:
 
     @property
     def sha256(self) -> str:
-        """Hash of everything that shapes the text (not of comments in the file)."""
+        """Hash of all fields; comments in the file do not change it."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     def judge(self, prompt: str, response_a: str, response_b: str) -> str:
-        """Stage 2: the judge prompt up to the place of the label."""
+        """Stage 2: the judge prompt, which ends before the label."""
         return self.judge_layout(prompt, response_a, response_b).text
 
     def generate(self, prompt: str) -> str:
-        """Stage 1: the user's part."""
+        """Stage 1: the user's message."""
         return self.generate_layout(prompt).text
 
     def responses(self, response_a: str, response_b: str) -> str:
-        """Stage 1: the target, both responses between their markers."""
+        """Stage 1: the target, with both responses between their markers."""
         return self.responses_layout(response_a, response_b).text
 
     def judge_layout(self, prompt: str, response_a: str, response_b: str) -> Layout:
-        """`judge` with the places of its slots."""
+        """`judge` with the ranges of its slots."""
         return _fill(self.judge_format, prompt=prompt, response_a=response_a, response_b=response_b)
 
     def generate_layout(self, prompt: str) -> Layout:
-        """`generate` with the place of its slot."""
+        """`generate` with the range of its slot."""
         return _fill(self.generate_format, prompt=prompt)
 
     def responses_layout(self, response_a: str, response_b: str) -> Layout:
-        """`responses` with the places of its slots."""
+        """`responses` with the ranges of its slots."""
         return _fill(self.responses_format, response_a=response_a, response_b=response_b)
 
     def find_judge(self, text: str) -> Optional[Layout]:
-        """Slots of a ready-made judge prompt, or None where the markers of this template are not all in it."""
+        """Layout of a preformatted judge prompt, or None if it lacks a marker of this template."""
         return _find(self.judge_format, text)
 
     def find_generate(self, text: str) -> Optional[Layout]:
-        """Slot of a ready-made stage-1 prompt, or None where the marker of this template is not in it."""
+        """Layout of a preformatted stage-1 prompt, or None if it lacks the marker of this template."""
         return _find(self.generate_format, text)
 
     def find_responses(self, text: str) -> Optional[Layout]:
-        """Slots of a ready-made stage-1 target, or None where the markers of this template are not all in it."""
+        """Layout of a preformatted stage-1 target, or None if it lacks a marker of this template."""
         return _find(self.responses_format, text)
 
 
@@ -173,7 +180,7 @@ _KEYS = set(_KINDS)
 
 
 def shipped_templates() -> list[str]:
-    """Names of the templates that come with the engine."""
+    """Names of the templates in gram_engine/data/templates."""
     folder = resources.files("gram_engine.data") / "templates"
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
 
@@ -193,12 +200,12 @@ def _fill(form: str, **values: str) -> Layout:
 
 
 def _opening_marker(between: str) -> str:
-    """The part of the text between A and B that opens B: its last line that is not empty, and what follows."""
+    """B's opening marker in the text between A and B: the last line that is not empty, and what follows it."""
     return between[between.rstrip().rfind("\n") + 1 :]
 
 
 def _find(form: str, text: str) -> Optional[Layout]:
-    """Places of the slots in a text that somebody else filled in.
+    """Layout of a text that was filled in elsewhere; None if a marker is missing.
 
     Markers are matched without the line breaks around them: rows of the authors' data lack one before a closing marker.
     """
@@ -209,18 +216,18 @@ def _find(form: str, text: str) -> Optional[Layout]:
     slots, position, middle = {}, start + len(literals[0].strip()), -1
     for number, name in enumerate(names, start=1):
         marker = literals[number].strip()
-        place = end if number == len(names) else text.find(marker, position)
-        if start < 0 or place < position:
+        found = end if number == len(names) else text.find(marker, position)
+        if start < 0 or found < position:
             return None
-        slots[name] = _without_line_breaks(text, (position, place), literals[number - 1], literals[number])
-        position = place + len(marker)
+        slots[name] = _without_line_breaks(text, (position, found), literals[number - 1], literals[number])
+        position = found + len(marker)
         if name == "response_a":
             middle = position - len(_opening_marker(marker))
     return Layout(text, slots, middle)
 
 
 def _without_line_breaks(text: str, span: Span, before: str, after: str) -> Span:
-    """The range without the template's own line breaks at either end, where they are there."""
+    """The range without those line breaks at its ends that belong to the template."""
     start, end = span
     for _ in range(len(before) - len(before.rstrip("\n"))):
         start += text.startswith("\n", start, end)

@@ -1,6 +1,6 @@
-"""One tokenizer interface over SentencePiece models and Hugging Face folders, chat templates included.
+"""One interface to SentencePiece models and Hugging Face tokenizer folders, including chat templates.
 
-Both kinds run as a fast tokenizer of the `tokenizers` library: what trains is what `save_pretrained` exports.
+Both kinds run as a fast tokenizer of the `tokenizers` library, which is also what `save_pretrained` exports.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gram_engine.data.sentencepiece import fast_tokenizer_of
 from gram_engine.errors import ConfigError, GramError, one_line
 
 PINNED_DATE = "26 Jul 2024"
-"""Date in chat templates that ask for one (LLaMA 3.1 and 3.2 print today's): Meta's own default."""
+"""The date in chat templates that print one (LLaMA 3.1 and 3.2 print today's): the default of Meta's templates."""
 
 SAMPLE_MESSAGES = ("plain", " two\n\nlines \n", "{{ braces }} {% x %}", "[INST] \u00fc \U0001f600 [/INST]")
 """Messages that a chat template must write as they are, or stripped."""
@@ -27,11 +27,11 @@ _PIN = f'{{%- if not date_string is defined %}}{{%- set date_string = "{PINNED_D
 
 @dataclass
 class Tokenizer:
-    """A tokenizer, and how it wraps a user's message. Cheap to send to worker processes (they cannot save it).
+    """A tokenizer, and the text that its chat template writes around a user's message.
 
-    `chat_prefix` and `chat_suffix` are the text that the chat template puts around a user's message, up to and with the
-    opening of the assistant's turn (empty without a chat template); `prefix_ids` are the tokens put in front of every
-    sequence (the beginning-of-sequence token, unless the chat template already writes it).
+    `chat_prefix` and `chat_suffix` are that text, with the opening of the assistant's turn at its end (empty without a chat
+    template). Every sequence begins with `prefix_ids`: the beginning-of-sequence token, unless the chat template writes it.
+    Worker processes get a copy without `hf`, which is cheap to send but cannot be saved.
     """
 
     backend: tokenizers.Tokenizer
@@ -50,11 +50,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, tokenizer_type: str, path: str | Path) -> Tokenizer:
-        """Read a SentencePiece .model file or a Hugging Face tokenizer folder (auto: by what the path is).
+        """Read a SentencePiece .model file or a Hugging Face tokenizer folder (auto: whichever `path` is).
 
         Raises:
-            ConfigError: nothing there, not a tokenizer, no fast version, no end-of-sequence token, or a chat template
-                that changes the user's message.
+            ConfigError: the path does not exist, is not a tokenizer or has no fast version, there is no end-of-sequence token,
+                or the chat template changes the user's message.
         """
         path = Path(path)
         if not path.exists():
@@ -74,7 +74,7 @@ class Tokenizer:
         except GramError:
             raise
         except BaseException as error:
-            # Of damaged files transformers, tokenizers and jinja raise anything; a panic in Rust is no Exception.
+            # For damaged files transformers, tokenizers and jinja raise anything; a panic in Rust is not an Exception.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             reason = one_line(str(error).strip().partition("\n")[0] or type(error).__name__)
@@ -106,33 +106,33 @@ class Tokenizer:
         return {**self.__dict__, "hf": None}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with no special tokens added; special tokens written in the text count as such."""
+        """Token ids of a text without added special tokens; a special token that the text spells becomes that token."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encoding(self, text: str) -> tokenizers.Encoding:
-        """As `encode`, with the characters of each token (`token_to_chars`) where the caller asks for them."""
+        """As `encode`, with the character range of each token (`token_to_chars`)."""
         return self.backend.encode(text, add_special_tokens=False)
 
     def decode(self, ids: list[int]) -> str:
-        """Text of token ids, special tokens included."""
+        """Text of token ids, including special tokens."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def token(self, token_id: int) -> str:
-        """The vocabulary's own spelling of one token."""
+        """A token as the vocabulary spells it."""
         return self.backend.id_to_token(int(token_id)) or f"<{token_id}>"
 
     def wrap_user(self, text: str) -> str:
-        """The text as a user's message in the chat template, up to the opening of the assistant's turn.
+        """The text as a user's message in the chat template, with the opening of the assistant's turn.
 
-        Without a chat template the text itself; in both cases `prefix_ids` come in front of its tokens.
+        Without a chat template it is the text itself. Its tokens go after `prefix_ids`.
         """
         return self.chat_prefix + (text.strip() if self.strips_message else text) + self.chat_suffix
 
     def label_ids(self, label_a: str, label_b: str, context: str) -> tuple[int, int]:
-        """Ids of the two label tokens as they come out right after `context`, the end of a judge prompt.
+        """Ids of the two label tokens directly after `context`, a judge prompt.
 
         Raises:
-            ConfigError: a label is not one token of its own there, is unknown to the vocabulary, or both are the same.
+            ConfigError: a label is not a single token there, is not in the vocabulary, or both are the same token.
         """
         before = self.encode(context)
         found = []
@@ -160,12 +160,12 @@ class Tokenizer:
         """Write a Hugging Face tokenizer folder; AutoTokenizer loads it offline and encodes identically.
 
         Raises:
-            OSError: the disk does not take it.
+            OSError: the folder cannot be written.
         """
         assert self.hf is not None, "a tokenizer in a worker process cannot be saved"
         try:
             self.hf.save_pretrained(str(folder))
-        except Exception as error:  # the tokenizers library has no class for what the disk refuses
+        except Exception as error:  # the tokenizers library has no class of its own for errors of the disk
             raise error if isinstance(error, OSError) else OSError(f"{folder}: {error}") from error
 
 
@@ -191,13 +191,13 @@ def _one_template(template: Any, path: str) -> str:
 
 
 def _pin_date(template: str) -> str:
-    """The chat template with a fixed date, so that a reward does not depend on the day; also in what is exported."""
+    """The chat template with a fixed date, also in exported folders, so that a reward does not depend on the day."""
     asks = "date_string" in template or "strftime_now" in template
     return _PIN + template if asks and not template.startswith(_PIN) else template
 
 
 def render_chat(hf, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    """Text of messages {role, content} in the chat template, with the pinned date and without a place to think."""
+    """Text of messages {role, content} in the chat template, with the pinned date and without a thinking section."""
     return hf.apply_chat_template(
         messages,
         tokenize=False,
@@ -256,7 +256,7 @@ def _chat_wrapping(hf, path: str) -> tuple[str, str, bool]:
 
 
 def _adds_bos(hf) -> bool:
-    """Whether the tokenizer, left to its defaults, begins a text with its beginning-of-sequence token."""
+    """Whether the tokenizer by default begins a text with its beginning-of-sequence token."""
     return hf.bos_token_id is not None and hf("x").input_ids[:1] == [hf.bos_token_id]
 
 

@@ -1,7 +1,7 @@
-"""Trains a SentencePiece tokenizer on preference data, for models that start from scratch.
+"""Trains a SentencePiece tokenizer on preference data, for models that are trained from scratch.
 
 The text is what the model will read: prompts and responses inside the judge template. Line breaks are pieces of their
-own, bytes stand in for unknown characters, and nothing is normalised, so every text comes back as it was.
+own, unknown characters become bytes, and nothing is normalised, so decoding restores every text exactly.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ LONGEST_LINE = 4192  # bytes; SentencePiece would skip longer lines
 
 @dataclass
 class TokenizerConfig:
-    """What to train on, and the size of the vocabulary."""
+    """Data for the tokenizer, and the size of its vocabulary."""
 
     data: tuple[str, ...]
     """Preference files, as for training."""
     output: str
-    """The .model file to write."""
+    """The SentencePiece .model file to write."""
     vocab_size: int = 8192
-    """Pieces, of which 256 are bytes."""
+    """Number of pieces, 256 of which are bytes."""
     template: str = "gram-code"
-    """Judge template whose words the tokenizer should know."""
+    """Judge template whose text is part of the training text."""
     max_rows: Optional[int] = 50_000
-    """Rows read at most."""
+    """Maximum number of rows to read."""
 
 
 def train_tokenizer(config: TokenizerConfig) -> None:

@@ -1,4 +1,4 @@
-"""Writes preprocessed data: the files that dataset.py describes, under temporary names until they are whole."""
+"""Writes the files that dataset.py describes, under temporary names until they are complete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gram_engine.files import fsync, write_atomically
 
 @dataclass
 class Chunk:
-    """Tokenised rows: concatenated tokens, sequence lengths, SAMPLE_DTYPE rows."""
+    """Samples of some rows: tokens of all samples int32 [tokens], tokens of each, their facts SAMPLE_DTYPE [samples]."""
 
     tokens: np.ndarray
     lengths: list[int]
@@ -30,7 +30,7 @@ class Chunk:
 
 
 class DatasetWriter:
-    """Writes under temporary names; `finish` gives the files their names, the manifest last."""
+    """Writes files under temporary names; `finish` renames them, and writes the manifest last."""
 
     def __init__(self, prefix: str | Path, vocab_size: int) -> None:
         self.prefix = Path(prefix)
@@ -48,6 +48,7 @@ class DatasetWriter:
         return self
 
     def add(self, chunk: Chunk) -> None:
+        """Append the samples of a chunk."""
         position = 0
         for length in chunk.lengths:
             self._builder.add_document(chunk.tokens[position : position + length], [length])
@@ -58,7 +59,7 @@ class DatasetWriter:
             self.counts[name] += number
 
     def finish(self, manifest: Manifest) -> None:
-        """Complete the manifest and give the files their names."""
+        """Add the files' checksums to the manifest, rename the files, and write the manifest."""
         self._builder.finalize(f"{self._temporary}.idx")
         with open(f"{self._temporary}.samples.npy", "wb") as handle:
             np.save(handle, np.concatenate(self._samples))
@@ -76,7 +77,7 @@ class DatasetWriter:
 
 
 class RejectsFile:
-    """Bad rows, counted and written one JSON object a line."""
+    """Counts bad rows and, with --skip-bad-rows, writes them as one JSON object per line."""
 
     def __init__(self, prefix: str | Path, enabled: bool) -> None:
         self.count = 0
@@ -90,11 +91,11 @@ class RejectsFile:
             line = json.dumps({"error": str(error), "row": row}, ensure_ascii=False, default=str)
         except (RecursionError, TypeError, ValueError):  # nested too deeply, or of keys that JSON does not have
             line = json.dumps({"error": str(error), "row": None}, ensure_ascii=False)
-        # Half of a surrogate pair cannot be written as UTF-8; as an escape it is JSON again.
+        # Half of a surrogate pair cannot be encoded as UTF-8, but its escape can, and is JSON too.
         self._lines.append(line.encode("utf-8", "backslashreplace").decode("utf-8"))
 
     def ignore(self, error: DataError, row: Any) -> None:
-        """For the second reading of the same rows."""
+        """Does nothing: the rows were recorded when they were read for the first time."""
 
     def close(self) -> None:
         if self._enabled:
