@@ -11,7 +11,7 @@ from gram_engine.config.schema import Config, DataConfig, TrainingConfig
 from gram_engine.data.dataset import PairDataset
 from gram_engine.data.inspect import InspectArguments, describe
 from gram_engine.data.loader import PackedLoader
-from gram_engine.data.packing import best_fit_decreasing, plan, sample_costs
+from gram_engine.data.packing import best_fit_decreasing, pack_for_ranks, sample_costs
 from gram_engine.data.preprocess import ensure_preprocessed, preprocess
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
@@ -92,7 +92,7 @@ def test_packs_are_whole_within_capacity_and_balanced(seed):
     packs = best_fit_decreasing(lengths, 1000)
     assert sorted(i for pack in packs for i in pack) == list(range(200))
     assert all(lengths[pack].sum() <= 1000 for pack in packs) and len(packs) <= -(-lengths.sum() // 1000) + 1
-    ranks = plan(lengths, 1000, num_ranks=4, multiple=2, attention_cost=1e-3)
+    ranks = pack_for_ranks(lengths, 1000, num_ranks=4, multiple=2, attention_cost=1e-3)
     assert {len(rank) for rank in ranks} == {-(-len(packs) // 8) * 2}
     assert sorted(i for rank in ranks for pack in rank for i in pack) == list(range(200))
     assert all(lengths[pack].sum() <= 1000 for rank in ranks for pack in rank)
@@ -102,12 +102,12 @@ def test_packs_are_whole_within_capacity_and_balanced(seed):
 
 def test_packs_that_leave_no_room_for_balance_are_kept():
     lengths = np.array([6, 6, 4, 4])  # balanced by cost alone, 6 + 4 twice; a capacity of 10 leaves nothing else
-    assert [sorted(lengths[pack].tolist()) for rank in plan(lengths, 10, 2, 1, 0.0) for pack in rank] == [[4, 6]] * 2
+    assert [sorted(lengths[pack].tolist()) for rank in pack_for_ranks(lengths, 10, 2, 1, 0.0) for pack in rank] == [[4, 6]] * 2
     lengths = np.array([5, 4, 4, 3, 3, 3, 2])  # the greedy balance finds no room in two packs of 12: best fit does
-    ranks = plan(lengths, 12, 2, 1, 0.0)
+    ranks = pack_for_ranks(lengths, 12, 2, 1, 0.0)
     assert sorted(lengths[pack].sum() for rank in ranks for pack in rank) == [12, 12]
     with pytest.raises(ValueError, match="a sample of 11 tokens does not fit into a pack of 10"):
-        plan(np.array([11]), 10, 1, 1, 0.0)
+        pack_for_ranks(np.array([11]), 10, 1, 1, 0.0)
 
 
 def test_data_that_does_not_suit_the_loader_is_refused(tiny_data, tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gram_engine.data.dataset import PairDataset
-from gram_engine.data.packing import plan
+from gram_engine.data.packing import pack_for_ranks
 from gram_engine.errors import ConfigError
 from gram_engine.kernels.attention import AttentionBounds
 
@@ -169,7 +169,7 @@ class PackedLoader:
 
     def packs(self, lengths: np.ndarray) -> list[list[int]]:
         """This process's packs of a global batch, each a list of indices into `lengths`."""
-        every = plan(lengths, self.pack_tokens, self.dp_size, self.microbatch_multiple, self.attention_cost)
+        every = pack_for_ranks(lengths, self.pack_tokens, self.dp_size, self.microbatch_multiple, self.attention_cost)
         return every[self.dp_rank]
 
     def _pack(self, ids: np.ndarray, weight_scale: float) -> PackedBatch:

@@ -76,7 +76,9 @@ def assign_to_ranks(pack_costs: Sequence[float], num_ranks: int) -> list[list[in
     return ranks
 
 
-def plan(lengths: np.ndarray, capacity: int, num_ranks: int, multiple: int, attention_cost: float) -> list[list[list[int]]]:
+def pack_for_ranks(
+    lengths: np.ndarray, capacity: int, num_ranks: int, multiple: int, attention_cost: float
+) -> list[list[list[int]]]:
     """Packs of every rank, [num_ranks][packs] lists of indices into `lengths`; a pack may be empty.
 
     Every rank has the same number of packs, which is a multiple of `multiple`.

@@ -32,6 +32,7 @@ class Reporter:
         self.config = config
         self.platform = platform
         self.total_steps = total_steps
+        self.num_devices = world_size()
         self.peak_tflops = config.logging.peak_tflops or platform.peak_tflops()
         self.interval = Interval()
         self.started = time.perf_counter()
@@ -77,8 +78,8 @@ class Reporter:
             writer.close()
 
     def _throughput(self, seconds: float) -> dict[str, float]:
-        interval, devices = self.interval, world_size()
-        tflops = interval.flops / seconds / devices / 1e12
+        interval = self.interval
+        tflops = interval.flops / seconds / self.num_devices / 1e12
         speed = {
             "step_ms": 1000 * seconds / interval.steps,
             "tokens_per_s": interval.tokens / seconds,
