@@ -10,7 +10,7 @@ from gram_engine.data import demo
 from gram_engine.errors import ConfigError
 from gram_engine.reproduce.data import prepare
 from gram_engine.reproduce.paper import PUBLISHED
-from gram_engine.reproduce.plan import make_plan
+from gram_engine.reproduce.jobs import make_plan
 from gram_engine.reproduce.recipe import DataSet, load_recipe
 from gram_engine.reproduce.runner import refused
 from tests.support.recipe_lab import changed, content, demonstration, recipe_of

@@ -9,7 +9,7 @@ import pytest
 from gram_engine.reproduce.collect import Estimate, Results, Scores, bootstrap
 from gram_engine.reproduce.compare import compare, kendall_tau, verdict
 from gram_engine.reproduce.paper import COLUMNS, PUBLISHED
-from gram_engine.reproduce.plan import make_plan
+from gram_engine.reproduce.jobs import make_plan
 from gram_engine.reproduce.report import write_report
 from tests.support.recipe_lab import content, demonstration, recipe_of
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from gram_engine.evaluation.suites import read_eval_pairs
 from gram_engine.metrics import accuracy, correctness, pair_metrics, resampling_weights, reward_of_first
-from gram_engine.reproduce.plan import Plan
+from gram_engine.reproduce.jobs import Plan
 from gram_engine.scoring.command import verdicts
 
 

@@ -14,7 +14,7 @@ import tyro
 from gram_engine.config.parse import fail
 from gram_engine.errors import ConfigError, GramError
 from gram_engine.reproduce.collect import collect
-from gram_engine.reproduce.plan import Plan, make_plan
+from gram_engine.reproduce.jobs import Plan, make_plan
 from gram_engine.reproduce.recipe import load_recipe
 from gram_engine.reproduce.report import write_report
 from gram_engine.reproduce.runner import Runner, alone_in, refused

@@ -15,7 +15,7 @@ from gram_engine.evaluation.document import GREY, Block, Heading, Plot, Table, n
 from gram_engine.files import write_atomically
 from gram_engine.reproduce.collect import Results
 from gram_engine.reproduce.compare import KINDS, VERDICTS, compare
-from gram_engine.reproduce.plan import Plan
+from gram_engine.reproduce.jobs import Plan
 from gram_engine.reproduce.runner import seconds_of
 
 COLOURS = ("#2f6fb5", "#c9702c", "#3f8f5b", "#8457a8", "#b8434e", "#5f6b7a")

@@ -22,7 +22,7 @@ from typing import Callable, Iterable, Iterator, Mapping, Optional
 from gram_engine.config.parse import parse
 from gram_engine.errors import ConfigError
 from gram_engine.files import write_atomically
-from gram_engine.reproduce.plan import Job
+from gram_engine.reproduce.jobs import Job
 from gram_engine.training.stopping import LEAVING
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gram_engine.reproduce.plan import Job
+from gram_engine.reproduce.jobs import Job
 
 
 def shell_jobs(folder: Path, scripts: dict[str, tuple[str, tuple[str, ...]]]) -> dict[str, Job]:
