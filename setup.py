@@ -103,7 +103,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["gram_engine", "gram_engine.*"]),
-    package_data={"gram_engine.data": ["templates/*.yaml"], "gram_engine.kernels": ["*.so"]},
+    package_data={
+        "gram_engine.data": ["templates/*.yaml"],
+        "gram_engine.kernels": ["*.so"],
+        "gram_engine.reproduce": ["*.yaml"],
+    },
     # setuptools builds only if there is an extension; BuildKernels compiles its own list.
     ext_modules=[Extension("gram_engine.kernels.native", sources=[])],
     cmdclass={"build_ext": BuildKernels},

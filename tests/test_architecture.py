@@ -16,8 +16,6 @@ FLOORS = (
     {"cli"},
 )
 MAY_NAME_CUDA = {"benchmarks", "install", "kernels", "platform"}
-ALLOWED = {"reproduce/quickstart.py"}
-"""Modules that still name CUDA elsewhere. To be emptied."""
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -63,4 +61,4 @@ def test_only_few_folders_name_cuda():
         if room_of(module := path.relative_to(PACKAGE).as_posix()) not in MAY_NAME_CUDA
         and any(map(names_cuda, ast.walk(ast.parse(path.read_text(encoding="utf-8")))))
     }
-    assert not found - ALLOWED
+    assert not found

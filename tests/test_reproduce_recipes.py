@@ -9,8 +9,8 @@ import yaml
 from gram_engine.data import demo
 from gram_engine.errors import ConfigError
 from gram_engine.reproduce.data import prepare
+from gram_engine.reproduce.jobs import make_jobs
 from gram_engine.reproduce.paper import PUBLISHED
-from gram_engine.reproduce.jobs import make_plan
 from gram_engine.reproduce.recipe import DataSet, load_recipe
 from gram_engine.reproduce.runner import refused
 from tests.support.recipe_lab import changed, content, demonstration, recipe_of
@@ -64,23 +64,23 @@ def test_variables_come_from_the_command_line(tmp_path, data):
     with pytest.raises(ConfigError, match="'data' has no value. Give it: --set data=VALUE"):
         recipe_of(tmp_path, {**recipe, "variables": {"data": None}})
     with pytest.raises(ConfigError, match="data.train: elsewhere/train.jsonl: no such file"):
-        make_plan(recipe_of(tmp_path, recipe), tmp_path)
+        make_jobs(recipe_of(tmp_path, recipe), tmp_path)
 
 
 def test_shared_stages_are_one_job(tmp_path, data):
-    plan = make_plan(recipe_of(tmp_path, content(data)), tmp_path / "out")
-    trainings = [job for job in plan.jobs.values() if job.name == "train"]
+    graph = make_jobs(recipe_of(tmp_path, content(data)), tmp_path / "out")
+    trainings = [job for job in graph.jobs.values() if job.name == "train"]
     assert len(trainings) == 2 * 4, "stage 1 once a seed, and three times stage 2"
-    assert plan.models["gram", 1] != plan.models["gram", 2] != plan.models["plain", 2]
+    assert graph.models["gram", 1] != graph.models["gram", 2] != graph.models["plain", 2]
     stage1 = next(job for job in trainings if job.command[1] == "pretrain" and "--seed 1" in str(job))
     assert stage1.users == ["gram", "plain"]
     assert [stage1.id in job.needs for job in trainings if "--seed 1" in str(job)] == [False, True, True, False]
-    places = {name: place for place, name in enumerate(plan.jobs)}
-    assert all(places[needed] < places[job.id] for job in plan.jobs.values() for needed in job.needs)
-    assert {job.name for job in plan.needed_for(("v1",)).values()} == {
-        "tokenizer", "train", "convert", plan.evaluations[plan.models["v1", 1]].name
+    places = {name: place for place, name in enumerate(graph.jobs)}
+    assert all(places[needed] < places[job.id] for job in graph.jobs.values() for needed in job.needs)
+    assert {job.name for job in graph.needed_for(("v1",)).values()} == {
+        "tokenizer", "train", "convert", graph.evaluations[graph.models["v1", 1]].name
     }  # fmt: skip
-    assert len(plan.needed_for(("v1",))) == 1 + 2 * 3
+    assert len(graph.needed_for(("v1",))) == 1 + 2 * 3
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_shared_stages_are_one_job(tmp_path, data):
 )
 def test_names_of_folders_follow_what_a_training_depends_on(path, value, same, tmp_path, data):
     before, after = (
-        make_plan(recipe_of(tmp_path, recipe), tmp_path).models["gram", 1]
+        make_jobs(recipe_of(tmp_path, recipe), tmp_path).models["gram", 1]
         for recipe in (content(data), changed(content(data), path, value))
     )
     assert (before == after) == same
@@ -106,12 +106,12 @@ def test_a_changed_file_is_another_training(tmp_path, data):
     for file in ("train.jsonl", "test.jsonl", "candidates.jsonl"):
         (tmp_path / file).write_text((data / file).read_text())
     recipe = recipe_of(tmp_path, content(tmp_path))
-    elsewhere = make_plan(recipe_of(tmp_path, content(data)), tmp_path).models
-    before = make_plan(recipe, tmp_path).models
+    elsewhere = make_jobs(recipe_of(tmp_path, content(data)), tmp_path).models
+    before = make_jobs(recipe, tmp_path).models
     assert before == elsewhere, "the same content elsewhere is the same training"
     with open(tmp_path / "train.jsonl", "a") as handle:
         handle.write(json.dumps(next(demo.pairs(1, 9, False))) + "\n")
-    assert not set(make_plan(recipe, tmp_path).models.values()) & set(before.values())
+    assert not set(make_jobs(recipe, tmp_path).models.values()) & set(before.values())
 
 
 def test_selections(tmp_path, data):
@@ -131,9 +131,9 @@ def test_selections(tmp_path, data):
 def test_unknown_flags_are_refused_before_anything_runs(tmp_path, data):
     recipe = changed(content(data), "variants.v1", [{"stage": "stage2", "flags": {"label_smothing": 0}}])
     recipe = changed(recipe, "variants.plain", ["stage1", {"stage": "stage2", "flags": {"lr": "high"}}])
-    plan = make_plan(recipe_of(tmp_path, recipe), tmp_path)
-    problems = refused(plan.jobs.values())
-    told = {plan.jobs[name].users[0]: reason for name, reason in problems.items()}
+    graph = make_jobs(recipe_of(tmp_path, recipe), tmp_path)
+    problems = refused(graph.jobs.values())
+    told = {graph.jobs[name].users[0]: reason for name, reason in problems.items()}
     assert set(told) == {"v1", "plain"} and len(problems) == 4
     assert "--label-smothing" in told["v1"] and "--lr" in told["plain"]
 
@@ -150,14 +150,14 @@ def test_shipped_recipes_make_plans(name, tmp_path, data):
         declared = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["variables"]
         variables = {variable: str(tmp_path / "rows.jsonl") for variable in declared}
     recipe = load_recipe(RECIPES / f"{name}.yaml", variables)
-    plan = make_plan(recipe, tmp_path / "out")
+    graph = make_jobs(recipe, tmp_path / "out")
     reported = {row for section in recipe.sections for row in section.rows.values()}
     reported |= {variant for section in recipe.sections for line in section.series.values() for variant in line.values()}
     assert reported | {"numbers"} >= set(recipe.variants), "every variant is in a section"
     for section in recipe.sections:
         known, shown = set(PUBLISHED[section.published].rows if section.published else {}), set(section.rows)
         assert not shown or known <= shown or (name == "tiny" and shown <= known), f"{section.title}: labels are the paper's"
-    assert not refused(plan.jobs.values())
+    assert not refused(graph.jobs.values())
 
 
 def test_paper_recipe_holds_the_papers_settings(tmp_path):

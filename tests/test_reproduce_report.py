@@ -8,8 +8,8 @@ import pytest
 
 from gram_engine.reproduce.collect import Estimate, Results, Scores, bootstrap
 from gram_engine.reproduce.compare import compare, kendall_tau, verdict
+from gram_engine.reproduce.jobs import make_jobs
 from gram_engine.reproduce.paper import COLUMNS, PUBLISHED
-from gram_engine.reproduce.jobs import make_plan
 from gram_engine.reproduce.report import write_report
 from tests.support.recipe_lab import content, demonstration, recipe_of
 
@@ -72,7 +72,7 @@ def test_published_figures_are_percentages_of_known_columns():
 
 def test_report_sets_figures_beside_the_papers(tmp_path):
     recipe = recipe_of(tmp_path, content(demonstration(tmp_path / "demo")))
-    plan = make_plan(recipe, tmp_path / "out")
+    graph = make_jobs(recipe, tmp_path / "out")
     right = lambda share: np.tile((np.arange(200) < 200 * share).astype(float), (2, 1))  # noqa: E731
     measured = {
         name: {"known": Scores((1, 2), right(known), 0.9, 0.5, 0.0), "letters": Scores((1, 2), right(letters), 0.8, 0.4, 0.25)}
@@ -86,8 +86,8 @@ def test_report_sets_figures_beside_the_papers(tmp_path):
     assert [row["figures"][0] and row["figures"][0]["mean"] for row in smoothing["rows"]] == [None, pytest.approx(0.7)]
     assert smoothing["rows"][1]["paper"] == [None, 85.1] and smoothing["lines"] == [], "one point is no line"
 
-    evil = {next(iter(plan.jobs)): "<script>alert(1)</script>"}
-    write_report(plan, results, evil, "gram reproduce")
+    evil = {next(iter(graph.jobs)): "<script>alert(1)</script>"}
+    write_report(graph, results, evil, "gram reproduce")
     page, text = (tmp_path / "out/report.html").read_text(), (tmp_path / "out/report.md").read_text()
     assert not re.search(r"(src|href)=['\"](?!data:)", page), "the page needs nothing from elsewhere"
     assert "<script>alert" not in page and "&lt;script&gt;" in page

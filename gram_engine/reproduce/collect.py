@@ -11,7 +11,7 @@ import numpy as np
 
 from gram_engine.evaluation.suites import read_eval_pairs
 from gram_engine.metrics import accuracy, correctness, pair_metrics, resampling_weights, reward_of_first
-from gram_engine.reproduce.jobs import Plan
+from gram_engine.reproduce.jobs import JobGraph
 from gram_engine.scoring.command import verdicts
 
 
@@ -102,35 +102,35 @@ def bootstrap(matrices: Sequence[np.ndarray]) -> Estimate:
     return Estimate(float(mean), float(low), float(high), seeds=len(matrices[0]))
 
 
-def collect(plan: Plan) -> Results:
-    """Everything that is finished in a plan's folders."""
+def collect(graph: JobGraph) -> Results:
+    """Everything that is finished in the folders of a recipe's jobs."""
     results = Results()
-    for name, file in plan.test_files.items():
+    for name, file in graph.test_files.items():
         pairs = read_eval_pairs([str(file)], "pairs")[1]
         preference = np.array([pair.preference for pair in pairs])
         results.longer_wins[name] = accuracy(np.array([len(pair.a) - len(pair.b) for pair in pairs]), preference)
         results.pairs[name] = int((preference != 0.5).sum())
-    for name, variant in plan.recipe.variants.items():
-        done = {seed: lines for seed, lines in _evaluations(plan, name)}
+    for name, variant in graph.recipe.variants.items():
+        done = {seed: lines for seed, lines in _evaluations(graph, name)}
         if done:
-            results.scores[name] = {one: _scores(done, plan.test_files[one].name) for one in variant.evaluate}
-        if curves := dict(_curves(plan, name)):
+            results.scores[name] = {one: _scores(done, graph.test_files[one].name) for one in variant.evaluate}
+        if curves := dict(_curves(graph, name)):
             results.best_of_n[name] = curves
     return results
 
 
-def _evaluations(plan: Plan, variant: str) -> Iterator[tuple[int, list[dict]]]:
-    for seed in plan.recipe.seeds:
-        job = plan.evaluations.get(plan.models[variant, seed])
+def _evaluations(graph: JobGraph, variant: str) -> Iterator[tuple[int, list[dict]]]:
+    for seed in graph.recipe.seeds:
+        job = graph.evaluations.get(graph.models[variant, seed])
         if job is not None and job.done:
             text = (job.folder / job.name / "scores.jsonl").read_text(encoding="utf-8")
             yield seed, [json.loads(line) for line in text.splitlines()]
 
 
-def _curves(plan: Plan, variant: str) -> Iterator[tuple[int, list[dict[str, float]]]]:
-    for seed in plan.recipe.seeds:
-        job = plan.best_of_n.get(plan.models[variant, seed])
-        if job is not None and job.done and variant in plan.recipe.best_of_n.variants:
+def _curves(graph: JobGraph, variant: str) -> Iterator[tuple[int, list[dict[str, float]]]]:
+    for seed in graph.recipe.seeds:
+        job = graph.best_of_n.get(graph.models[variant, seed])
+        if job is not None and job.done and variant in graph.recipe.best_of_n.variants:
             yield seed, json.loads((job.folder / job.name / "best_of_n.json").read_text(encoding="utf-8"))["curve"]
 
 

@@ -14,7 +14,7 @@ import tyro
 from gram_engine.config.parse import fail
 from gram_engine.errors import ConfigError, GramError
 from gram_engine.reproduce.collect import collect
-from gram_engine.reproduce.jobs import Plan, make_plan
+from gram_engine.reproduce.jobs import JobGraph, make_jobs
 from gram_engine.reproduce.recipe import load_recipe
 from gram_engine.reproduce.report import write_report
 from gram_engine.reproduce.runner import Runner, alone_in, refused
@@ -64,26 +64,26 @@ def reproduce(arguments: ReproduceArguments, command: str) -> dict[str, str]:
     if arguments.jobs < 1:
         raise ConfigError(f"--jobs {arguments.jobs} must be at least 1.")
     recipe = load_recipe(arguments.recipe, _variables(arguments.variables))
-    plan = make_plan(recipe, Path(arguments.output_dir or f"runs/{Path(arguments.recipe).stem}"))
-    jobs = plan.needed_for(arguments.only) if arguments.only else plan.jobs
+    graph = make_jobs(recipe, Path(arguments.output_dir or f"runs/{Path(arguments.recipe).stem}"))
+    jobs = graph.needed_for(arguments.only) if arguments.only else graph.jobs
     if arguments.dry_run:
-        _list(plan, jobs)
+        _list(graph, jobs)
         return {}
-    with alone_in(plan.out) as lock:
-        plan.write_data()
+    with alone_in(graph.out) as lock:
+        graph.write_data()
         runner = Runner(jobs, arguments.jobs, lambda line: print(line, flush=True), lock)
         runner.run()
-        print(f"report: {write_report(plan, collect(plan), runner.failed, command)}")
+        print(f"report: {write_report(graph, collect(graph), runner.failed, command)}")
     return runner.failed
 
 
-def _list(plan: Plan, jobs: dict) -> None:
+def _list(graph: JobGraph, jobs: dict) -> None:
     problems = refused(jobs.values())
     for job in jobs.values():
         state = "done" if job.done else f"REFUSED, {problems[job.id]}" if job.id in problems else "to do"
         print(f"{state}: {job.title}\n    $ {job}")
     trained = sum(job.name == "train" for job in jobs.values())
-    print(f"{len(jobs)} jobs, {trained} trainings, {len(plan.recipe.variants)} variants, {len(plan.recipe.seeds)} seeds")
+    print(f"{len(jobs)} jobs, {trained} trainings, {len(graph.recipe.variants)} variants, {len(graph.recipe.seeds)} seeds")
 
 
 def _variables(given: tuple[str, ...]) -> dict[str, str]:

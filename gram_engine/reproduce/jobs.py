@@ -77,7 +77,7 @@ class Job:
 
 
 @dataclass
-class Plan:
+class JobGraph:
     """A recipe's jobs, each behind those it needs."""
 
     recipe: Recipe
@@ -118,24 +118,24 @@ class Plan:
         return {name: job for name, job in self.jobs.items() if name in kept}
 
 
-def make_plan(recipe: Recipe, out: Path) -> Plan:
+def make_jobs(recipe: Recipe, out: Path) -> JobGraph:
     """All jobs of a recipe below the folder `out`; nothing is written.
 
     Raises:
         ConfigError: a data file or the template is missing.
     """
-    planner = _Planner(recipe, out)
+    builder = _Builder(recipe, out)
     for seed in recipe.seeds:
         for variant in recipe.variants.values():
-            planner.add_variant(variant, seed)
-    planner.add_measurements()
-    planner.sort()
-    return planner.plan
+            builder.add_variant(variant, seed)
+    builder.add_measurements()
+    builder.sort()
+    return builder.graph
 
 
-class _Planner:
+class _Builder:
     def __init__(self, recipe: Recipe, out: Path):
-        self.recipe, self.plan = recipe, Plan(recipe, out)
+        self.recipe, self.graph = recipe, JobGraph(recipe, out)
         self._fingerprints: dict[str, str] = {}
         self._users: dict[Path, list[str]] = {}
         self.tokenizer: Optional[Job] = self._tokenizer() if recipe.tokenizer else None
@@ -147,30 +147,30 @@ class _Planner:
             parent = self._train(stage, seed if stage.seed is None else stage.seed, parent)
             if variant.name not in parent.users:
                 parent.users.append(variant.name)
-        self.plan.models[variant.name, seed] = parent.folder
+        self.graph.models[variant.name, seed] = parent.folder
 
     def add_measurements(self) -> None:
         """Export and evaluation of every last stage, on the sets of all variants that end there."""
         recipe = self.recipe
         chosen = recipe.best_of_n.variants if recipe.best_of_n else ()
         variants: dict[Path, list[Variant]] = {}
-        for (name, _), folder in self.plan.models.items():
+        for (name, _), folder in self.graph.models.items():
             variants.setdefault(folder, []).append(recipe.variants[name])
         for folder, own in variants.items():
             sets = [name for name in recipe.evaluation if any(name in variant.evaluate for variant in own)]
-            model = self.plan.jobs[f"{folder.name}/train"].task.removeprefix("train ")
+            model = self.graph.jobs[f"{folder.name}/train"].task.removeprefix("train ")
             convert = self._convert(folder, model)
             if sets:
-                self.plan.evaluations[folder] = self._evaluate(folder, model, sets, convert)
+                self.graph.evaluations[folder] = self._evaluate(folder, model, sets, convert)
             if any(variant.name in chosen for variant in own):
-                self.plan.best_of_n[folder] = self._best_of_n(folder, model, convert)
+                self.graph.best_of_n[folder] = self._best_of_n(folder, model, convert)
 
     def sort(self) -> None:
         """Put what is done with a model right behind its training, so that figures come early."""
         folders: dict[Path, list[Job]] = {}
-        for job in self.plan.jobs.values():
+        for job in self.graph.jobs.values():
             folders.setdefault(job.folder, []).append(job)
-        self.plan.jobs = {job.id: job for own in folders.values() for job in own}
+        self.graph.jobs = {job.id: job for own in folders.values() for job in own}
 
     def _train(self, stage: Stage, seed: int, parent: Optional[Job]) -> Job:
         identity = {
@@ -182,13 +182,13 @@ class _Planner:
             "from": parent.id if parent else None,
             "tokenizer": self.tokenizer.id if self.tokenizer else None,
         }
-        folder = self.plan.out / "stages" / f"{stage.command}-s{seed}-{content_hash(identity)}"
-        if (known := self.plan.jobs.get(f"{folder.name}/train")) is not None:
+        folder = self.graph.out / "stages" / f"{stage.command}-s{seed}-{content_hash(identity)}"
+        if (known := self.graph.jobs.get(f"{folder.name}/train")) is not None:
             return known
         launcher = self.recipe.launcher
         door = [*launcher, ROOT / "examples" / f"{stage.command}_gram.sh"] if launcher else ["gram", stage.command]
         words = [*door, *_flags(stage), "--seed", seed, "--data", *self._files(stage.data)]
-        words += ["--data-cache-path", self.plan.out / "data" / "cache"]
+        words += ["--data-cache-path", self.graph.out / "data" / "cache"]
         words += ["--tokenizer-model", self.tokenizer.folder / "tokenizer.model"] if self.tokenizer else []
         words += ["--pretrained-checkpoint", parent.folder / "checkpoint"] if parent else []
         words += ["--save", folder / "checkpoint", "--load", folder / "checkpoint"]
@@ -200,7 +200,7 @@ class _Planner:
     def _tokenizer(self) -> Job:
         data, size = self.recipe.tokenizer
         key = content_hash([FORMAT, self._fingerprint(data), size, _content_of(self.recipe.template)])
-        folder = self.plan.out / f"tokenizer-{key}"
+        folder = self.graph.out / f"tokenizer-{key}"
         return self._add(
             "tokenizer", "tokenizer", folder, "gram", "train-tokenizer", "--data", *self._files(data), "--vocab-size", size,
             "--template", self.recipe.template, "--output", folder / "tokenizer.model",
@@ -227,15 +227,15 @@ class _Planner:
 
     def _test_file(self, name: str) -> Path:
         """A file of its own, so that its name in a line of scores tells the set."""
-        if name not in self.plan.test_files:
-            (self.plan.test_files[name],) = self._files(self.recipe.evaluation[name].data, alone=True)
-        return self.plan.test_files[name]
+        if name not in self.graph.test_files:
+            (self.graph.test_files[name],) = self._files(self.recipe.evaluation[name].data, alone=True)
+        return self.graph.test_files[name]
 
     def _files(self, data: DataSet, alone: bool = False) -> tuple[str | Path, ...]:
         if not alone and not data.is_selection:
             return data.files
-        file = self.plan.out / "data" / f"{data.name}-{self._fingerprint(data)}.jsonl"
-        self.plan.selections[file] = data
+        file = self.graph.out / "data" / f"{data.name}-{self._fingerprint(data)}.jsonl"
+        self.graph.selections[file] = data
         return (file,)
 
     def _fingerprint(self, data: DataSet) -> str:
@@ -246,7 +246,7 @@ class _Planner:
     def _add(self, name: str, task: str, folder: Path, *words: Any, needs=(), kind: str = "", **more: Any) -> Job:
         users = self._users.setdefault(folder, [])
         job = Job(name, kind or name, task, users, folder, tuple(map(str, words)), needs, **more)
-        self.plan.jobs[job.id] = job
+        self.graph.jobs[job.id] = job
         return job
 
 

@@ -141,9 +141,9 @@ class Quickstart:
     def processes(self) -> int:
         """Training processes."""
         if self.config.nproc_per_node is None:
-            import torch
+            from gram_engine.platform.device import gpu_count
 
-            self.config.nproc_per_node = torch.cuda.device_count() or 2
+            self.config.nproc_per_node = gpu_count() or 2
         return self.config.nproc_per_node
 
     @property

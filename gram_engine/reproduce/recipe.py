@@ -261,7 +261,7 @@ def _section(entry: Any, variants: Mapping[str, Variant]) -> Section:
         _lookup(name, variants, place, "variants")
     for key, known in (("reference", fields.get("rows", {})), ("published", PUBLISHED)):
         if key in fields:
-            _lookup(fields[key], known, place, "its rows" if key == "reference" else "the paper's tables (paper.py)")
+            _lookup(fields[key], known, place, "its rows" if key == "reference" else "the paper's tables (paper.yaml)")
     return Section(**fields)
 
 

@@ -15,36 +15,36 @@ from gram_engine.evaluation.document import GREY, Block, Heading, Plot, Table, n
 from gram_engine.files import write_atomically
 from gram_engine.reproduce.collect import Results
 from gram_engine.reproduce.compare import KINDS, VERDICTS, compare
-from gram_engine.reproduce.jobs import Plan
+from gram_engine.reproduce.jobs import JobGraph
 from gram_engine.reproduce.runner import seconds_of
 
 COLOURS = ("#2f6fb5", "#c9702c", "#3f8f5b", "#8457a8", "#b8434e", "#5f6b7a")
 
 
-def write_report(plan: Plan, results: Results, failed: Mapping[str, str], command: str) -> Path:
-    """Write report.md, report.html, report.json and plots into the plan's folder; returns the path of the page.
+def write_report(graph: JobGraph, results: Results, failed: Mapping[str, str], command: str) -> Path:
+    """Write report.md, report.html, report.json and plots into the output folder; returns the path of the page.
 
     Args:
         failed: job -> why it gave no result.
         command: what started the reproduction.
     """
-    content = report_content(plan, results, failed, command)
-    with write_atomically(plan.out / "report.json") as handle:
+    content = report_content(graph, results, failed, command)
+    with write_atomically(graph.out / "report.json") as handle:
         json.dump(content, handle, indent=1)
-    write_document(plan.out, "report", content["title"], list(_blocks(content)))
-    return plan.out / "report.html"
+    write_document(graph.out, "report", content["title"], list(_blocks(content)))
+    return graph.out / "report.html"
 
 
-def report_content(plan: Plan, results: Results, failed: Mapping[str, str], command: str) -> dict[str, Any]:
+def report_content(graph: JobGraph, results: Results, failed: Mapping[str, str], command: str) -> dict[str, Any]:
     """What report.json holds."""
-    recipe = plan.recipe
-    done = [job for job in plan.jobs.values() if job.done]
+    recipe = graph.recipe
+    done = [job for job in graph.jobs.values() if job.done]
     return {
         "title": recipe.title,
         "command": command,
         "seeds": recipe.seeds,
-        "jobs": {"all": len(plan.jobs), "done": len(done), "seconds": round(sum(map(seconds_of, done)), 1)},
-        "failed": {plan.jobs[name].title: reason for name, reason in failed.items()},
+        "jobs": {"all": len(graph.jobs), "done": len(done), "seconds": round(sum(map(seconds_of, done)), 1)},
+        "failed": {graph.jobs[name].title: reason for name, reason in failed.items()},
         "not_measured": [name for name in recipe.variants if name not in results.scores],
         "sets": {
             name: {
@@ -59,14 +59,14 @@ def report_content(plan: Plan, results: Results, failed: Mapping[str, str], comm
         "variants": {
             name: {
                 "stages": [{"stage": one.name, "data": one.data.name, "flags": dict(one.flags)} for one in variant.stages],
-                "folders": {seed: str(plan.models[name, seed]) for seed in recipe.seeds},
+                "folders": {seed: str(graph.models[name, seed]) for seed in recipe.seeds},
                 "sets": {one: _measured(results, name, one) for one in results.scores.get(name, {})},
             }
             for name, variant in recipe.variants.items()
         },
         "sections": [compare(section, recipe, results) for section in recipe.sections],
         "best_of_n": results.best_of_n,
-        "notes": [*recipe.notes, *_own_notes(plan, results)],
+        "notes": [*recipe.notes, *_own_notes(graph, results)],
     }
 
 
@@ -77,8 +77,8 @@ def _measured(results: Results, variant: str, one: str) -> dict[str, Any]:
     return {**asdict(results.accuracy(variant, [one])), "by_seed": by_seed, **effects}
 
 
-def _own_notes(plan: Plan, results: Results) -> Iterator[str]:
-    recipe = plan.recipe
+def _own_notes(graph: JobGraph, results: Results) -> Iterator[str]:
+    recipe = graph.recipe
     yield (
         f"Intervals (95 %) resample {len(recipe.seeds)} seeds and the test pairs, independently. Few seeds show little of what "
         "other seeds would give, so an interval is rather too narrow than too wide."

@@ -1,4 +1,4 @@
-"""Runs a plan's jobs: several at once, each once, going on behind what an earlier run has finished.
+"""Runs a recipe's jobs: several at once, each once, going on behind what an earlier run has finished.
 
 A job that fails takes along those that need it, and no others.
 """
