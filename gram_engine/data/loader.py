@@ -1,7 +1,8 @@
 """Packed micro-batches of a data set, for every data-parallel process: a pure function of (seed, samples consumed).
 
 Each step packs its own global batch of `global_batch_size` samples, so neither the number of processes nor a restart
-changes which samples a step sees. Sequences are packed without padding; only a pack's end is padded, to `pad_multiple`.
+changes which samples a step sees. Padding is added only at the end
+of a pack, up to `pad_multiple`, and with context parallelism at the end of each sample, up to `sequence_multiple`.
 """
 
 from __future__ import annotations
