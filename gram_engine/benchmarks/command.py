@@ -17,6 +17,7 @@ from gram_engine.config.schema import Config
 from gram_engine.errors import GramError
 from gram_engine.log import is_main_process
 from gram_engine.model.shapes import resolve_shape
+from gram_engine.training.session import hush_known_warnings
 
 BENCHMARKS = {
     "conversion": ("conversion:Conversion", "gram convert, to a checkpoint and back: seconds and peak memory"),
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> None:
         known = "\n".join(f"  gram benchmark {name:12s} {text}" for name, (_, text) in BENCHMARKS.items())
         print(f"usage: gram benchmark NAME [flags]\n\n{known}\n\ngram benchmark NAME --help explains a benchmark's flags.")
         raise SystemExit(0 if argv[:1] in (["-h"], ["--help"]) else 2)
+    hush_known_warnings()
     module, name = BENCHMARKS[argv[0]][0].split(":")
     benchmark = getattr(importlib.import_module(f"gram_engine.benchmarks.{module}"), name)
     try:

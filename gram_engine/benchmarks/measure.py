@@ -16,6 +16,7 @@ import torch
 from torch import multiprocessing
 
 from gram_engine.errors import GramError
+from gram_engine.training.session import hush_known_warnings
 
 M_MMAP_THRESHOLD = -3
 SLOW_SECONDS = 5.0
@@ -163,6 +164,7 @@ def _free_port() -> str:
 
 
 def _send_result(sender, variables: dict[str, str], threads: int | None, function: Callable, arguments: tuple) -> None:
+    hush_known_warnings()
     os.environ.update(variables)
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
