@@ -20,12 +20,13 @@ quickstart: venv ## demonstration: data, tokenizer, stage 1, stage 2, export, ac
 
 # Two lanes: tests of several processes share one pool of workers, the others run beside them. A file or -k goes without lanes.
 LANES = $(if $(ARGS),,-n 2 --dist loadgroup)
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(LANES)
 
-test: venv       ## the test suite, in under 8 minutes on two cores
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(LANES) $(ARGS)
+test: venv       ## the tests, in under 8 minutes on 2 cores; PART=unit, distributed, faults or examples runs a part of them
+	@$(PYTEST) $(if $(PART),-m "$(PART) and not long") $(ARGS)
 
-test-long: venv  ## all tests and all faults, which takes most of an hour
-	@OMP_NUM_THREADS=1 GRAM_FAULTS=long $(VENV)/bin/python -m pytest -m "" $(LANES) $(ARGS)
+test-long: venv  ## all tests, with those marked `long`, and more faults of each kind: most of an hour
+	@GRAM_FAULTS=long $(PYTEST) -m "" $(ARGS)
 
 lint: venv       ## style and unused names
 	@$(VENV)/bin/python -m ruff check gram_engine tests tools setup.py

@@ -17,11 +17,23 @@ TEMPLATE = str(Path(__file__).parents[1] / "examples" / "configs" / "quickstart-
 WORDS = "red blue green stone river cloud apple seven quiet bright table window garden music paper silver".split()
 
 
+PARTS = {
+    "faults": "bad_input checkpoint_faults config_faults data_faults interruptions numerics run_lock security",
+    "examples": "demo docs launch quickstart reproduce_recipes reproduce_report reproduce_runner",
+}
+"""Files (test_NAME.py) of two parts of the suite. Of the other tests, those that take the pool are `distributed`, the rest `unit`."""
+
+
 def pytest_collection_modifyitems(items):
-    """With pytest-xdist: tests of several processes run one after the other, on one pool of workers, beside all others."""
+    """Give each test its part of the suite (`make test PART=unit`), and its lane for pytest-xdist.
+
+    Tests of several processes run one after the other, on one pool of workers; beside them run the other tests, a file at a time.
+    """
+    parts = {f"test_{name}": part for part, names in PARTS.items() for name in names.split()}
     for item in items:
         distributed = {"pool", "tries"} & set(item.fixturenames)
-        item.add_marker(pytest.mark.xdist_group("processes" if distributed else "single"))
+        item.add_marker(parts.get(item.path.stem, "distributed" if distributed else "unit"))
+        item.add_marker(pytest.mark.xdist_group("processes" if distributed else item.path.name))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING and the walk-through name files, targets, commands and flags that exist; configs parse."""
+"""README, CONTRIBUTING and the walk-through name files, targets, commands and flags that exist; dry runs of configurations."""
 
 import dataclasses
 import re
@@ -6,12 +6,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gram_engine import cli
 from gram_engine.config import schema
-from gram_engine.config.parse import parse
-from gram_engine.model.shapes import resolve_shape
 from gram_engine.training.launch import split_flags
+from gram_engine.training.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "examples/docs").glob("*.md"))
@@ -33,7 +33,7 @@ def commands(page: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_name_existing_files_targets_and_flags(page):
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for command in commands(page):
         if command[0] == "make":
             assert command[1] in targets, command
@@ -72,7 +72,17 @@ def test_flag_table_names_flags():
 
 
 @pytest.mark.parametrize("file", RUNS, ids=lambda file: file.stem)
-def test_configurations_parse(file):
-    """Each example configuration is read, and gives a complete shape; those of a stage alone leave the model to the user."""
-    config = parse(["--config", str(file)], defaults=("--model", "tiny"))
-    resolve_shape(config)
+def test_dry_run_of_a_configuration(file, tmp_path, monkeypatch, capsys):
+    """In two processes, as far as a dry run sees them; a stage's file gets a model, a model's file a stage."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "tokenizer.model").write_text("")
+    given = ["--config", str(file), "--data", f"{tmp_path}/rows.jsonl", "--tokenizer-model", f"{tmp_path}/tokenizer.model"]
+    stage = [] if "train_" in file.read_text(encoding="utf-8") else ["--config", "examples/configs/stage2-paper.yaml"]
+    main([*stage, *given, "--save", str(tmp_path / "run"), "--dry-run"], "gram finetune", ("--model", "tiny"))
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    written = yaml.safe_load(file.read_text(encoding="utf-8"))
+    flat = {name: value for section in resolved.values() for name, value in section.items()}
+    for name, value in {**written, **written.get("parallel", {})}.items():
+        assert name == "parallel" or flat[name] == value, name

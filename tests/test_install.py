@@ -55,7 +55,8 @@ def test_each_python_has_one_stack():
 def test_every_place_names_the_same_pythons():
     names = [f"{major}.{minor}" for major, minor in PYTHONS]
     workflow = (ROOT / ".github/workflows/test.yml").read_text()
-    assert re.findall(r'"([\d.]+)"', re.search(r"python: (\[.*?\])", workflow)[1]) == names
+    tested = re.findall(r'"([\d.]+)"', re.search(r"python: (\[.*?\])", workflow)[1])
+    assert tested == names[:2], "a Python of each stack"
     assert f'supported="{names[0]}, {names[1]} or {names[2]}"' in (ROOT / "tools/make_venv.sh").read_text()
     first, behind = re.search(r'python_requires=">=([\d.]+),<([\d.]+)"', (ROOT / "setup.py").read_text()).groups()
     assert (first, behind) == (names[0], f"3.{PYTHONS[-1][1] + 1}")
