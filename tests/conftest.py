@@ -21,13 +21,13 @@ PARTS = {
     "faults": "bad_input checkpoint_faults config_faults data_faults interruptions numerics run_lock security",
     "examples": "demo docs launch quickstart reproduce_recipes reproduce_report reproduce_runner",
 }
-"""Files (test_NAME.py) of two parts of the suite. Of the other tests, those that take the pool are `distributed`, the rest `unit`."""
+"""Files (test_NAME.py) of two parts of the suite. Of the other tests those that take the pool are `distributed`, others `unit`."""
 
 
 def pytest_collection_modifyitems(items):
     """Give each test its part of the suite (`make test PART=unit`), and its lane for pytest-xdist.
 
-    Tests of several processes run one after the other, on one pool of workers; beside them run the other tests, a file at a time.
+    Tests of several processes run one after the other on one pool of workers, and beside them the other tests, file by file.
     """
     parts = {f"test_{name}": part for part, names in PARTS.items() for name in names.split()}
     for item in items:

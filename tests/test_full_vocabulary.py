@@ -1,5 +1,7 @@
 """Softmax and smoothing over the whole vocabulary ("vanilla") against torch's cross entropy on whole logits."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,34 +49,41 @@ def make_ties(_trainer, batch):
         microbatch.preference[::3] = 0.5
 
 
-def gradients(pool, data, layout, flags, change):
-    processes, parallel = LAYOUTS[layout]
-    return pool.run(
-        float64_gradients, processes, data["stage2"], data["tokenizer"], f"{SMALL} {parallel} {flags}", change
-    )
+@pytest.fixture(scope="module")
+def gradients(pool, tiny_data):
+    """gradients(layout, flags, change): what each process of a run found; each run is made once."""
+    made = {}
 
+    def run(layout, flags, change=make_ties):
+        if (layout, flags, change) not in made:
+            processes, parallel = LAYOUTS[layout]
+            arguments = (tiny_data["stage2"], tiny_data["tokenizer"], f"{SMALL} {parallel} {flags}", change)
+            made[layout, flags, change] = pool.run(float64_gradients, processes, *arguments)
+        return made[layout, flags, change]
 
-@pytest.mark.parametrize("flags", ["--prune-last-layer", "--no-prune-last-layer", "--label-smoothing 0"])
-def test_equals_the_definition(flags, pool, tiny_data):
-    (wanted,) = gradients(pool, tiny_data, "one", f"{flags} --no-prune-last-layer", by_definition)
-    (found,) = gradients(pool, tiny_data, "one", flags, make_ties)
-    assert_same_gradients(found, wanted)
+    return run
 
 
 PRUNED, WHOLE = "--prune-last-layer", "--no-prune-last-layer"
-NAMES = ("tp2", "tp2-sp", "pp2", "tp2-sp-pp2", "dp2-overlap-grad-reduce")
-RUNS = [(layout, flags) for layout in NAMES for flags in (PRUNED, WHOLE)]
 
 
-@pytest.fixture(scope="module")
-def one_process(pool, tiny_data):
-    return {flags: gradients(pool, tiny_data, "one", flags, make_ties)[0] for flags in (PRUNED, WHOLE)}
+@pytest.mark.parametrize("flags", [PRUNED, WHOLE, f"{PRUNED} --label-smoothing 0"])
+def test_equals_the_definition(flags, gradients):
+    (wanted,) = gradients("one", flags.replace(PRUNED, WHOLE), by_definition)
+    (found,) = gradients("one", flags)
+    assert_same_gradients(found, wanted)
 
 
-@pytest.mark.parametrize("layout, flags", short_first([RUNS[2], RUNS[5], RUNS[8]], RUNS))
-def test_any_layout_gives_one_process_loss(layout, flags, pool, tiny_data, one_process):
-    wanted = one_process[flags]
-    for found in gradients(pool, tiny_data, layout, flags, make_ties):
+@pytest.mark.parametrize(
+    "layout, flags",
+    short_first(
+        [("tp2", PRUNED), ("tp2-sp", WHOLE), ("pp2", WHOLE), ("tp2-sp-pp2", PRUNED), ("dp2-overlap-grad-reduce", PRUNED)],
+        itertools.product(("tp2", "tp2-sp", "pp2", "tp2-sp-pp2", "dp2-overlap-grad-reduce"), (PRUNED, WHOLE)),
+    ),
+)
+def test_any_layout_gives_one_process_loss(layout, flags, gradients):
+    (wanted,) = gradients("one", flags)
+    for found in gradients(layout, flags):
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
         for name in ("0.decoder.final_layernorm.weight", "1.decoder.final_layernorm.weight"):
             if name in found["gradients"]:

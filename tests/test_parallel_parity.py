@@ -1,7 +1,6 @@
 """Losses and gradient norms at any layout equal one process's: both stages, packed, tied and untied embeddings.
 
-Every layout also takes a step through an emulation of flash attention's contract: nothing that the kernel leaves unwritten
-is used.
+Every layout also takes a step through an emulation of flash attention: nothing that its kernel leaves unwritten is used.
 """
 
 import itertools
@@ -17,11 +16,10 @@ from tests.support.tiny import tiny_config, tiny_trainer, train_steps
 STEPS = 3
 ELSEWHERE = ("tp3", "tp2-pp2", "recompute-selective", "recompute-mlp", "dp2-overlap-grad-reduce")
 EVERY = [name for name in LAYOUTS if name not in ELSEWHERE]
-"""4 heads do not divide by 3; the others are parts of a layout that is here, or tested elsewhere."""
-SHARED_BY = ("tp2-sp", "pp2", "pp2-vpp3", "tp2-sp-pp2", "dp2-overlap", "cp2-pp2")
-SHARING = [(layout, stage) for layout in SHARED_BY for stage in STAGES]
+"""4 heads do not divide by 3; the others are tested elsewhere, or are parts of a layout that is here."""
+SHARING = ("tp2-sp", "pp2", "pp2-vpp3", "tp2-sp-pp2", "dp2-overlap", "cp2-pp2")
 """Layouts that are tried with tied embeddings too: one weight then has gradients from both ends of the model."""
-NORMED = [(layout, stage) for layout in ("tp2", "tp2-sp-pp2", "recompute") for stage in STAGES]
+NORMED = ("tp2", "tp2-sp-pp2", "recompute")
 VARIANTS = {
     "GRAM-v3 (Table 4)": ("stage1", "--response-loss b"),
     "G-Baseline + Freeze (Table 1)": ("stage2", "--freeze embeddings --label-softmax full-vocabulary --label-smoothing 0"),
@@ -30,28 +28,23 @@ FUSED_SWIGLU = f"{UNTIED} --transformer-config bias_activation_fusion=true"
 """The activation that a GPU takes; it refuses a process without label rows."""
 
 
-def curve(prefix, tokenizer_model, flags):
-    return train_steps(tiny_trainer(tiny_config(prefix, tokenizer_model, flags)), STEPS)
+def curve(prefix, tokenizer_model, flags, steps=STEPS):
+    return train_steps(tiny_trainer(tiny_config(prefix, tokenizer_model, flags)), steps)
 
 
 def curve_and_flash_step(prefix, tokenizer_model, flags):
-    """(`curve` and one more step by the emulated kernel, rows after the last bound in each call, number of padded packs)
+    """(`curve` and one more step, rows after the last bound in each call of that step's attention, number of its padded packs)
 
-    The packs of the last step end in padding, as they do under FP8.
+    The last step takes the emulation of flash attention, and its packs end in padding, as they do under FP8.
     """
     trainer = tiny_trainer(tiny_config(prefix, tokenizer_model, flags))
     steps = train_steps(trainer, STEPS)
     trainer.loader.pad_multiple *= 40
-    packs = trainer.loader.batch(trainer.state.consumed_samples).microbatches
-    padded = sum(len(pack.cu_seqlens) - 1 > len(pack.sample_ids) for pack in packs)
+    batch = trainer.loader.batch(trainer.state.consumed_samples)
+    padded = sum(len(pack.cu_seqlens) - 1 > len(pack.sample_ids) for pack in batch.microbatches)
     with flash_emulation.flash_attention():
-        steps += train_steps(trainer, 1)
-    return steps, list(flash_emulation.calls), padded
-
-
-def longer_curve(*run):
-    with mock.patch(f"{__name__}.STEPS", STEPS + 1):
-        return curve(*run)
+        result = trainer.step(batch)
+    return [*steps, (result.metrics["loss"], result.grad_norm)], list(flash_emulation.calls), padded
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +55,8 @@ def references(pool, tiny_data):
     def reference(stage, model):
         if (stage, model) not in made:
             flags = f"{STAGES[stage]} {model}"
-            made[stage, model] = pool.run(longer_curve, 1, tiny_data[stage], tiny_data["tokenizer"], flags)[0]
+            made[stage, model] = pool.run(curve, 1, tiny_data[stage], tiny_data["tokenizer"], flags, STEPS + 1)[0]
+            assert len({loss for loss, _ in made[stage, model]}) == STEPS + 1, "every step changes the weights"
         return made[stage, model]
 
     return reference
@@ -74,7 +68,7 @@ def runs(layout, stage, model, pool, data, run=curve):
 
 
 def assert_equal(found, expected):
-    assert len({loss for loss, _ in expected}) == len(expected), "every step changes the weights"
+    """Each step that was found, against the same one of the reference."""
     for (loss, norm), (expected_loss, expected_norm) in zip(found, expected):
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         # One stage-2 step's gradients nearly cancel (norm 0.08 between 1.1 and 2.6): its rounding is that of the others.
@@ -86,19 +80,23 @@ def assert_equal(found, expected):
 def test_layout_equals_one_process(layout, stage, pool, tiny_data, references):
     expected = references(stage, FUSED_SWIGLU)
     for found, rows_behind, padded in runs(layout, stage, FUSED_SWIGLU, pool, tiny_data, curve_and_flash_step):
-        assert len(found) == STEPS + 1 == len(expected)
         assert_equal(found[:STEPS], expected)
-        assert padded and rows_behind and not any(rows_behind), "padded packs went through the emulated kernel"
-        assert_equal(found, expected)
+        assert padded and rows_behind and not any(rows_behind), "the last step has padded packs and the emulated kernel"
+        assert_equal(found[STEPS:], expected[STEPS:])
 
 
-@pytest.mark.parametrize("layout, stage", short_first([*SHARING[::4], *SHARING[3::4]], SHARING))
+def alternating(layouts):
+    """Each layout with one of the stages; `make test-long` takes the other one too."""
+    return short_first(zip(layouts, itertools.cycle(STAGES)), itertools.product(layouts, STAGES))
+
+
+@pytest.mark.parametrize("layout, stage", alternating(SHARING))
 def test_tied_embeddings(layout, stage, pool, tiny_data, references):
     for found in runs(layout, stage, TIED, pool, tiny_data):
         assert_equal(found, references(stage, TIED))
 
 
-@pytest.mark.parametrize("layout, stage", short_first([NORMED[0], NORMED[3], NORMED[4]], NORMED))
+@pytest.mark.parametrize("layout, stage", alternating(NORMED))
 def test_normed_queries_and_keys(layout, stage, pool, tiny_data, references):
     """As Qwen3 has them; their weights' gradients are sums over the heads of all tensor-parallel processes."""
     for found in runs(layout, stage, f"{TIED} --qk-layernorm True", pool, tiny_data):
