@@ -21,7 +21,7 @@ PARTS = {
     "faults": "bad_input checkpoint_faults config_faults data_faults interruptions numerics run_lock security",
     "examples": "demo docs launch quickstart reproduce_recipes reproduce_report reproduce_runner",
 }
-"""Files (test_NAME.py) of two parts of the suite. Of the other tests those that take the pool are `distributed`, others `unit`."""
+"""Files (test_NAME.py) of two parts. Of the other tests, those that take the pool are `distributed`, the rest `unit`."""
 
 
 def pytest_collection_modifyitems(items):
@@ -68,6 +68,30 @@ def make_tiny_data(folder) -> dict:
         manifest = preprocess([jsonl], made[stage], objective=objective, cfg=cfg, both_orders=False)
         made["longest"][stage] = manifest.longest
     return made
+
+
+@pytest.fixture(scope="session")
+def folder(tiny_data, tmp_path_factory):
+    """A folder as `gram convert` writes it, of a random model; sequences of up to 192 tokens."""
+    from tests.support.reward_folder import write_reward_model
+
+    return write_reward_model(tmp_path_factory.mktemp("scoring"), tiny_data["tokenizer"], TEMPLATE, 192)
+
+
+@pytest.fixture(scope="session")
+def scorer(folder):
+    """The scorer of `folder`."""
+    from gram_engine.scoring.scorer import RewardModelScorer
+
+    return RewardModelScorer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory):
+    """A tokenizer with a chat template."""
+    from tests.support.reward_folder import write_chat_tokenizer
+
+    return write_chat_tokenizer(tmp_path_factory.mktemp("chat"))
 
 
 @pytest.fixture(scope="session")

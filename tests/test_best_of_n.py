@@ -11,7 +11,6 @@ from gram_engine.data import demo
 from gram_engine.errors import ConfigError, DataError
 from gram_engine.evaluation.best_of_n import best_of_n_curve, chance_of_best, expected_of_best, kl_of, main, read_candidates
 from gram_engine.scoring.scorer import RewardModelScorer
-from tests.test_scoring import folder  # noqa: F401  (fixture)
 
 
 def write(path, rows):
@@ -86,7 +85,7 @@ def test_bad_rows_are_named(row, message, tmp_path):
         read_candidates(write(tmp_path / "rows.jsonl", [row]))
 
 
-def test_command_writes_curve_and_report(folder, tmp_path, capsys):  # noqa: F811
+def test_command_writes_curve_and_report(folder, tmp_path, capsys):
     rows = list(demo.candidates(3, seed=1))
     rows = [{"prompt": row["prompt"], "responses": row["responses"][:5], "oracle": row["oracle"][:5]} for row in rows]
     rows.append({"prompt": "short", "responses": ["a", "b"], "oracle": [0, 1]})
@@ -111,7 +110,7 @@ def test_command_writes_curve_and_report(folder, tmp_path, capsys):  # noqa: F81
     assert "--n 6: the prompts have at most 5 responses" in capsys.readouterr().err
 
 
-def test_candidates_without_oracle_scores_are_refused(folder, tmp_path):  # noqa: F811
+def test_candidates_without_oracle_scores_are_refused(folder, tmp_path):
     from gram_engine.evaluation.best_of_n import BestOfNArguments, best_of_n
 
     file = write(tmp_path / "lists.jsonl", [{"prompt": "x", "responses": ["a", "b"]}])

@@ -10,6 +10,7 @@ from gram_engine.config.schema import DataConfig
 from gram_engine.data.readers import read_rows
 from gram_engine.data.schema import PreformattedRow
 from gram_engine.errors import DataError
+from tests.support.mutations import PARQUET
 
 
 def read(tmp_path, *rows, name="pairs.jsonl", **settings):
@@ -175,8 +176,6 @@ def test_unreadable_files(name, content, message, tmp_path):
 
 def test_a_parquet_file_whose_row_groups_miscount_is_refused(tmp_path):
     """Page checksums do not cover the counts in its footer: of 20 rows pyarrow silently reads 5 here."""
-    from tests.test_data_faults import PARQUET
-
     negative = PARQUET.replace(b"\x16\x0e\x26", b"\x16\x0f\x26", 1)  # rows of the first group, zigzag: 7 -> -8
     (tmp_path / "a.parquet").write_bytes(negative)
     with pytest.raises(DataError, match="a.parquet:6: not a readable Parquet file .5 of 20 rows found"):

@@ -14,12 +14,6 @@ from tests.conftest import TEMPLATE
 
 AWKWARD = [" two  spaces", "tab\tand\nlines\n\n\n", "naïve café 東京 🙂", "\u200b\u00a0odd", "a" * 70, "<s> </s> <unk>"]
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{% if loop.first %}[{{ strftime_now('%d %b %Y') if "
-    "not date_string is defined else date_string }}]{% endif %}{{ m.content | trim }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
 
 def build_judge(tokenizer, template, prompt, a, b, max_tokens, overlong="truncate"):
     """Tokens of a judge prompt."""
@@ -35,28 +29,6 @@ def build_generate(tokenizer, template, prompt, a, b, max_tokens):
 @pytest.fixture(scope="module")
 def sentencepiece_tokenizer(tiny_data):
     return Tokenizer.load("auto", tiny_data["tokenizer"])
-
-
-@pytest.fixture(scope="module")
-def chat_folder(tmp_path_factory):
-    """A small byte-level BPE tokenizer with a chat template that prints a date, as LLaMA 3's does."""
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    special = ["<bos>", "<|user|>", "<|assistant|>", "<|end|>"]
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=500, special_tokens=special, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    )
-    text = JudgeTemplate.load("gram-code").judge("hello", "yes", "no")
-    backend.train_from_iterator([text] * 5, trainer)
-    hf = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<|end|>")
-    hf.chat_template = CHAT_TEMPLATE
-    folder = tmp_path_factory.mktemp("chat")
-    hf.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("text", AWKWARD)

@@ -12,7 +12,7 @@ from gram_engine.evaluation import evaluate
 from gram_engine.evaluation.pairs import JudgedPairs
 from gram_engine.evaluation.suites import SECTIONS, SUITES, mean_rewards, read_eval_pairs, ties_score
 from gram_engine.metrics import correctness, expected_calibration_error, reliability, wilson
-from tests.test_scoring import PAIRS, folder, scorer  # noqa: F401  (fixtures)
+from tests.support.reward_folder import PAIRS
 
 
 def pairs_of(tmp_path, rows, suite="auto", name="rows.jsonl"):
@@ -195,7 +195,7 @@ def test_unknown_suite_lists_the_known(tmp_path):
         read_eval_pairs([], "auto")
 
 
-def test_report_of_a_run(folder, scorer, tmp_path, capsys):  # noqa: F811
+def test_report_of_a_run(folder, scorer, tmp_path, capsys):
     evil = "<script>alert(1)</script>"
     rows = [{"prompt": prompt + evil, "chosen": a, "rejected": b} for prompt, a, b in PAIRS]
     rows = [{**row, "subset": f"s{number % 2}"} for number, row in enumerate(rows)]

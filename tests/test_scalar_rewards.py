@@ -19,7 +19,6 @@ from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import ConfigError, DataError
 from tests.conftest import TEMPLATE
 from tests.support.tiny import SHAPE, tiny_trainer
-from tests.test_data_samples import chat_folder  # noqa: F401
 
 ROWS = [
     {"prompt": "which one", "response_a": "red blue", "response_b": "quiet river of stone", "label": "A"},
@@ -33,7 +32,7 @@ def plain(tiny_data):
     return Tokenizer.load("auto", tiny_data["tokenizer"])
 
 
-def test_a_chat_models_conversation_has_the_servers_tokens(chat_folder):  # noqa: F811
+def test_a_chat_models_conversation_has_the_servers_tokens(chat_folder):
     from transformers import AutoTokenizer
 
     tokenizer = Tokenizer.load("auto", chat_folder)

@@ -8,40 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from gram_engine.data.samples import label_ids
 from gram_engine.data.template import JudgeTemplate
-from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import CheckpointError, ConfigError
 from gram_engine.scoring.command import main, rank_main
 from gram_engine.scoring.scorer import RewardModelScorer
-from tests.conftest import TEMPLATE
-from tests.support.hf_models import write_hf_model
+from tests.support.reward_folder import PAIRS
 
 SEQ_LENGTH = 192
-PAIRS = [
-    (f"{number} " + "what colour " * number, "red stone " * (1 + 3 * number), "quiet river cloud " * (7 - number))
-    for number in range(7)
-]
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_data, tmp_path_factory):
-    """A folder as `gram convert` writes it, of a random model."""
-    folder = tmp_path_factory.mktemp("scoring")
-    tokenizer, template = Tokenizer.load("auto", tiny_data["tokenizer"]), JudgeTemplate.load(TEMPLATE)
-    write_hf_model(folder, tokenizer.vocab_size, True, "plain")
-    tokenizer.save_pretrained(folder)
-    labels = list(label_ids(tokenizer, template))
-    gram = {"template": template.to_dict(), "label_ids": labels, "seq_length": SEQ_LENGTH}
-    (folder / "gram_config.json").write_text(json.dumps(gram))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def scorer(folder):
-    torch.set_num_threads(1)
-    return RewardModelScorer.from_pretrained(folder)
-
 
 def naive_rewards(folder) -> list[float]:
     """Eq. 3 as the authors' evaluation computes it: full logits, one text at a time, softmax over the two labels."""

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def steps(options: Check, has_transformer_engine: bool) -> list[Step]:
     """What to run, the most important first. The 3B model recomputes its layers, or it would not fit into 80 GB."""
-    tests = ["-m", "pytest", "-q", "tests/gpu", *KERNEL_TESTS]
+    tests = ["-m", "pytest", "-q", "-m", "", "tests/gpu", *KERNEL_TESTS]
     found = [Step("tests", tests, options.test_seconds, benchmark=False)]
     for model, memory in (("llama-3.2-1b", ""), ("llama-3.2-3b", "--recompute-granularity full")):
         for stage in ("2", "1"):

@@ -16,21 +16,22 @@ from typing import Any, Callable, Iterator
 from gram_engine.config.schema import DataConfig
 from gram_engine.data.integrity import SEAL, describe_files, sealed
 from gram_engine.data.preprocess import preprocess
-from gram_engine.data.samples import label_ids
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import GramError
-from gram_engine.hf.gram_config import GRAM_CONFIG
 from gram_engine.scoring.scorer import RewardModelScorer
 from tests.conftest import TEMPLATE, train_tokenizer, write_pairs
-from tests.support.hf_models import write_hf_model
+from tests.support.reward_folder import write_reward_model
 
 LONG = os.environ.get("GRAM_FAULTS") == "long"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One kind of fault. `one_try(work, draw)` injects it once, asserts what must hold, and names the outcome."""
+    """One kind of fault. `one_try(work, draw)` injects it once, asserts what must hold, and names the outcome.
+
+    `allowed` are the outcomes that may be; `least` is the share of the tries that must end in the first of them.
+    """
 
     name: str
     how: str
@@ -38,6 +39,7 @@ class Fault:
     short: int
     long: int
     allowed: tuple[str, ...] = ("refused",)
+    least: float = 1.0
 
     @property
     def tries(self) -> int:
@@ -54,6 +56,7 @@ class Fault:
                 raise
             assert outcome in self.allowed, f"fault '{self.name}', try {number}: {outcome}"
             found[outcome] += 1
+        assert found[self.allowed[0]] >= self.least * self.tries, f"fault '{self.name}': {found}"
         return found
 
 
@@ -93,14 +96,7 @@ class Work:
     @cached_property
     def reward_model(self) -> Path:
         """A folder as `gram convert` writes it, of a random model."""
-        folder = self.folder / "reward-model"
-        tokenizer = Tokenizer.load("auto", self.tokenizer)
-        write_hf_model(folder, tokenizer.vocab_size, True, "plain")
-        tokenizer.save_pretrained(folder)
-        gram = {"template": self.template.to_dict(), "template_sha256": self.template.sha256, "seq_length": 192}
-        gram["label_ids"] = list(label_ids(tokenizer, self.template))
-        (folder / GRAM_CONFIG).write_text(json.dumps(gram))
-        return folder
+        return write_reward_model(self.folder / "reward-model", self.tokenizer, TEMPLATE, 192)
 
     @cached_property
     def score(self) -> float:

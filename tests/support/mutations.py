@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+
+import pyarrow
+import pyarrow.parquet
 
 BASE_ROWS = (
     {"prompt": "say yes", "chosen": "yes, of course", "rejected": "no"},
@@ -17,6 +21,18 @@ BASE_ROWS = (
 )
 """One good row of each format that readers know."""
 
+ROWS = [{"prompt": f"row {n} \u00fc", "chosen": "yes " * n + "x", "rejected": "no", "n": n} for n in range(20)]
+TEXT = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS).encode()
+"""Good rows to put into files of other kinds, and the same as JSON lines."""
+
+
+def _parquet() -> bytes:
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), sink, write_page_checksum=True, row_group_size=7)
+    return sink.getvalue()
+
+
+PARQUET = _parquet()
 DEEP = 100_000
 
 
