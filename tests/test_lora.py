@@ -15,7 +15,7 @@ from tests.support.layouts import LAYOUTS, TP2_SP
 from tests.support.packed_logits import packed_logits
 from tests.support.tiny import float64_gradients, packed, tiny_config, tiny_trainer, train_steps
 
-STEPS = 4
+STEPS = 3
 LORA = "--lora-rank 4 --lora-alpha 6 --lr 1e-3"
 STAGES = {
     "stage1": f"--objective response-lm {LORA} --untie-embeddings-and-output-weights True",
@@ -65,7 +65,10 @@ def references(pool, tiny_data):
     return reference
 
 
-SHORT = [("stage2", "tp2-sp-pp2"), ("stage2", "dp2-overlap"), ("stage2", "recompute"), ("stage1", "pp2-vpp3")]
+SHORT = [
+    *(("stage2", layout) for layout in ("tp2", "tp2-sp-pp2", "dp2-overlap", "cp2", "recompute", "recompute-mlp")),
+    ("stage1", "pp2-vpp3"),
+]
 
 
 @pytest.mark.parametrize("stage, layout", short_first(SHORT, RUNS))
