@@ -82,7 +82,6 @@ def preprocess(
     if both_orders and not task.order_matters:
         raise ConfigError("--pair-order both: the Bradley-Terry loss is the same in both orders. Leave it out.")
     tokenizer = tokenizer or Tokenizer.load(cfg.tokenizer_type, _tokenizer_path(cfg))
-    fingerprints = fingerprints or [source_fingerprint(path) for path in paths]
     template = JudgeTemplate.load(cfg.template or DEFAULT_TEMPLATE)
     labels = label_ids(tokenizer, template) if task.has_label_tokens else None
     conversation = Conversation.of(tokenizer) if task.text == "conversations" else None
@@ -107,6 +106,7 @@ def preprocess(
                 f"{', '.join(map(str, paths))}: no sample is left of {num_rows} rows ({rejects.count} rejected, "
                 f"{writer.counts['dropped']} dropped). Look at the rejects, or change --overlong and --ties."
             )
+        fingerprints = fingerprints or [source_fingerprint(path) for path in paths]
         manifest = Manifest(
             template=described(template),
             label_ids=list(labels) if labels else None,
