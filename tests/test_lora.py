@@ -126,7 +126,7 @@ def trained_from_hf(prefix, tokenizer, flags):
     batches = [trainer.loader.batch(step * batch_size).microbatches for step in range(STEPS)]
     steps = train_steps(trainer, STEPS)
     trainer.save()
-    return {"curve": steps, "first_a": first_a, "batches": batches, "label_ids": trainer.dataset.manifest.get("label_ids")}
+    return {"curve": steps, "first_a": first_a, "batches": batches, "label_ids": trainer.dataset.manifest.label_ids}
 
 
 @pytest.mark.parametrize("stage", STAGES)
