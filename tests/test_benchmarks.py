@@ -167,6 +167,7 @@ def test_saving_in_the_background_is_measured(tmp_path):
     assert rows[1]["figures"]["checkpoint_bytes"] > 12 * 600 * rows[1]["shape"]["hidden"]
 
 
+@pytest.mark.long
 def test_planned_memory_is_compared_with_two_processes():
     """The layouts of the benchmark itself are larger than this one, and predicted within 3 %."""
     flags = "--tensor-model-parallel-size 2 --sequence-parallel --num-layers 2 --hidden-size 128 --ffn-hidden-size 256"

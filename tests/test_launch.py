@@ -83,6 +83,7 @@ def test_a_mistake_is_told_once_and_without_a_traceback(files):
     assert errors.count("error: ") == 1 and "Traceback" not in errors
 
 
+@pytest.mark.long
 def test_two_launchers_train_as_two_nodes(files, tmp_path):
     flags = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"127.0.0.1:{launch_port()}")
     save = ("--train-iters", "2", "--log-interval", "1", "--save", str(tmp_path / "checkpoint"))

@@ -16,7 +16,7 @@ from tests.support.packed_logits import packed_logits
 from tests.support.tiny import float64_gradients, packed, tiny_config, tiny_trainer, train_steps
 
 STEPS = 3
-LORA = "--lora-rank 4 --lora-alpha 6 --lr 1e-3"
+LORA = "--lora-rank 4 --lora-alpha 6 --lr 1e-3 --num-layers 4"
 STAGES = {
     "stage1": f"--objective response-lm {LORA} --untie-embeddings-and-output-weights True",
     "stage2": f"--objective pair-preference {LORA} --untie-embeddings-and-output-weights False",
@@ -243,7 +243,7 @@ def test_checkpoints(pool, tiny_data, tmp_path):
     assert pool.run(resumed, 4, *data, layout, str(run))[0] == expected, "same layout: bit for bit"
     np.testing.assert_allclose(pool.run(resumed, 1, *data, flags, str(run))[0], expected, rtol=1e-5)
 
-    pool.run(uninterrupted, 1, *data, "--untie-embeddings-and-output-weights False --lr 1e-3", str(full))
+    pool.run(uninterrupted, 1, *data, "--untie-embeddings-and-output-weights False --lr 1e-3 --num-layers 4", str(full))
     begun = (f"{LORA} --pretrained-checkpoint {run}", LORA, f"{LORA} --pretrained-checkpoint {full}", f"--load {full}")
     refused = {
         f"--lora-rank 3 --load {run}": "saved with --lora-rank 4, this run has 3. {merge} as a new run",

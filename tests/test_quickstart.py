@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.long
 def test_own_data_goes_all_the_way_to_a_report(tmp_path):
     train, test = demo.write(demo.DemoConfig(output_dir=str(tmp_path), train_pairs=40, test_pairs=8))
     for stage in ("stage1", "stage2"):

@@ -33,21 +33,21 @@ def test_async_save_and_bf16_resume_bit_for_bit(pool, tiny_data, tmp_path):
 
 
 def test_virtual_stages_resume_without_them(pool, tiny_data, tmp_path):
-    flags = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+    flags = "--num-layers 6 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
     data = (tiny_data["stage2"], tiny_data["tokenizer"])
     expected = pool.run(uninterrupted, 2, *data, flags, str(tmp_path))[0]
     assert pool.run(resumed, 2, *data, flags, str(tmp_path))[0] == expected
-    other = pool.run(resumed, 3, *data, "--pipeline-model-parallel-size 3", str(tmp_path))[0]
+    other = pool.run(resumed, 3, *data, "--num-layers 6 --pipeline-model-parallel-size 3", str(tmp_path))[0]
     assert [loss for loss, _ in other] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
 
 
 @pytest.mark.parametrize("tying", short_first([TIED], [TIED, UNTIED]))
 def test_uneven_stages_with_fused_losses_resume_in_one_process_with_plain_ones(tying, pool, tiny_data, tmp_path):
     """Tied: the last stage saved no copy of the output rows, and the plain run has one."""
-    flags = f"{tying} --pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 2"
+    flags = f"{tying} --num-layers 6 --pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 2"
     data = (tiny_data["stage2"], tiny_data["tokenizer"])
     expected = pool.run(uninterrupted, 2, *data, flags, str(tmp_path))[0]
     assert pool.run(resumed, 2, *data, flags, str(tmp_path))[0] == expected
     for processes, layout in ((1, ""), (3, "--pipeline-model-parallel-size 3")):
-        found = pool.run(resumed, processes, *data, f"{tying} {layout} --no-fused-losses", str(tmp_path))[0]
+        found = pool.run(resumed, processes, *data, f"{tying} --num-layers 6 {layout} --no-fused-losses", str(tmp_path))[0]
         assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
