@@ -120,7 +120,7 @@ def test_ready_made_rows_ties_and_rows_that_cannot_serve(tiny_data, tmp_path):
         assert np.array_equal(found.tokens(number), wanted.tokens(number))
     assert (found.samples["preference"] == wanted.samples["preference"][:2]).all()
     assert len(make(ROWS, tmp_path, tiny_data["tokenizer"], ties="drop")) == 2
-    with pytest.raises(DataError, match="rows.jsonl:1: a ready-made row without the markers of the template quickstart"):
+    with pytest.raises(DataError, match="rows.jsonl:1: a preformatted row without the markers of the template quickstart"):
         make([{"instruction": "which?", "output": "A"}], tmp_path, tiny_data["tokenizer"])
     with pytest.raises(DataError, match="rows.jsonl:1: no label, which bradley-terry needs"):
         make([{**ROWS[0], "label": None}], tmp_path, tiny_data["tokenizer"])

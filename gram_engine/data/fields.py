@@ -209,7 +209,7 @@ def _refuse_empty(**texts: str) -> None:
         except UnicodeEncodeError as error:
             raise BadRow(
                 f"'{name}' holds half of a surrogate pair at character {error.start} (a cut-off emoji). "
-                "Mend it, or remove the row."
+                "Fix it, or remove the row."
             ) from None
 
 

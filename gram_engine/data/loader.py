@@ -245,7 +245,7 @@ def _loss_ranges(
     if partial and (at["middle"] < 0).any():
         number = int(np.argmax(at["middle"] < 0))
         raise ConfigError(
-            f"{dataset.prefix}: sample {number} does not show where its two responses are (a ready-made row without the "
+            f"{dataset.prefix}: sample {number} does not show where its two responses are (a preformatted row without the "
             "template's markers), which --response-loss a or b and --no-marker-loss need."
         )
     tokens = {

@@ -218,17 +218,17 @@ def _unfit(row: Row, task: Task, template: JudgeTemplate) -> Optional[str]:
     if task.needs_labels and not labelled:
         return (
             f"output is '{row.output[:40]}', not {template.label_a} or {template.label_b}. "
-            "Ready-made rows of stage 1 are for --objective response-lm."
+            "Preformatted rows of stage 1 are for --objective response-lm."
         )
     if task.text == "conversations" and pair_of(row, template) is None:
         return (
-            f"a ready-made row without the markers of the template {template.name}, between which {task.name} finds prompt "
+            f"a preformatted row without the markers of the template {template.name}, between which {task.name} finds prompt "
             "and responses. Give them in fields of their own, or name the row's template with --template."
         )
     if not task.needs_labels and isinstance(row, PreformattedRow) and labelled:
         return (
             f"output is the label {row.output.strip()}, not two responses. "
-            "Ready-made rows of stage 2 are for --objective pair-preference."
+            "Preformatted rows of stage 2 are for --objective pair-preference."
         )
     return None
 

@@ -121,7 +121,7 @@ def _row_of_line(raw: bytes, number: int) -> Any:
 
 def _beyond_json(error: Exception) -> str:
     what = "nested too deeply" if isinstance(error, RecursionError) else "it holds a number of thousands of digits"
-    return f"not JSON that can be read: {what}. Mend or remove the row."
+    return f"not JSON that can be read: {what}. Fix or remove the row."
 
 
 def _unique_names(fields: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def _element(text: str, position: int) -> tuple[Any, int]:
 def _broken_array(path: Path, text: str, message: str, position: int) -> DataError:
     error = json.JSONDecodeError(message, text, position)
     where = f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}."
-    return DataError(f"{where} Mend the array, or write one JSON object a line.")
+    return DataError(f"{where} Fix the array, or write one JSON object a line.")
 
 
 def _skip_space(text: str, position: int) -> int:

@@ -106,7 +106,7 @@ def score_file(arguments: ScoreArguments) -> dict[str, float | None]:
     for pair in pairs:
         if not isinstance(pair, Pair):
             raise DataError(
-                f"{pair.source_location}: a ready-made row; scoring needs prompt and two responses in fields of their own."
+                f"{pair.source_location}: a preformatted row; scoring needs prompt and two responses in fields of their own."
             )
     lines = _run(arguments, pairs, _score_lines, "pairs")
     figures = pair_metrics(*verdicts(lines))
