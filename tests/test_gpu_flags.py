@@ -9,6 +9,7 @@ from gram_engine.config.parse import parse
 from gram_engine.data.context_parallel import held_positions
 from gram_engine.errors import ConfigError
 from gram_engine.model.shapes import resolve_shape
+from tests.support.resume import resumed, uninterrupted
 from tests.support.tiny import tiny_config, tiny_trainer, train_steps
 
 SHAPE = "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 8 --seq-length 512"
@@ -79,25 +80,13 @@ def stateful_norm(function, *args):
         del RMSNorm.get_extra_state, RMSNorm.set_extra_state
 
 
-def saved(prefix, tokenizer, folder):
-    trainer = tiny_trainer(tiny_config(prefix, tokenizer, f"--save {folder}"))
-    train_steps(trainer, 2)
-    trainer.save()
-    return train_steps(trainer, 2)
-
-
-def resumed(prefix, tokenizer, folder):
-    trainer = tiny_trainer(tiny_config(prefix, tokenizer, f"--load {folder}"))
-    return train_steps(trainer, 2)
-
-
 @pytest.mark.parametrize("with_state", ["writer", "reader"])
 def test_checkpoints_pass_between_layers_with_and_without_extra_state(with_state, pool, tiny_data, tmp_path):
-    data = (tiny_data["stage2"], tiny_data["tokenizer"], str(tmp_path))
+    data = (tiny_data["stage2"], tiny_data["tokenizer"], "", str(tmp_path))
     if with_state == "writer":
-        expected, found = pool.run(stateful_norm, 1, saved, *data)[0], pool.run(resumed, 1, *data)[0]
+        expected, found = pool.run(stateful_norm, 1, uninterrupted, *data)[0], pool.run(resumed, 1, *data)[0]
     else:
-        expected, found = pool.run(saved, 1, *data)[0], pool.run(stateful_norm, 1, resumed, *data)[0]
+        expected, found = pool.run(uninterrupted, 1, *data)[0], pool.run(stateful_norm, 1, resumed, *data)[0]
     assert found == expected
 
 

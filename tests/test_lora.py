@@ -13,6 +13,7 @@ from tests.support.gradients import relative_difference
 from tests.support.hf_models import write_hf_model
 from tests.support.layouts import LAYOUTS, TP2_SP
 from tests.support.packed_logits import packed_logits
+from tests.support.resume import resumed, uninterrupted
 from tests.support.tiny import float64_gradients, packed, tiny_config, tiny_trainer, train_steps
 
 STEPS = 3
@@ -200,19 +201,6 @@ def test_merged_weights_give_the_unmerged_logits_and_untrained_ones_the_base(poo
     )
     assert (wanted - before).abs().mean() > 0.01, "the adapters must matter"
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
-
-
-def uninterrupted(prefix, tokenizer, flags, folder):
-    trainer = tiny_trainer(tiny_config(prefix, tokenizer, f"{flags} --save {folder}"))
-    train_steps(trainer, 2)
-    trainer.save()
-    return train_steps(trainer, 2)
-
-
-def resumed(prefix, tokenizer, flags, folder):
-    trainer = tiny_trainer(tiny_config(prefix, tokenizer, f"{flags} --load {folder}"))
-    assert trainer.state.iteration == 2
-    return train_steps(trainer, 2)
 
 
 def starts(prefix, tokenizer, runs):

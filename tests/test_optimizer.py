@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gram_engine.platform.stack import l2_norm, scale_in_place
+from tests.support.resume import resumed, uninterrupted
 from tests.support.tiny import tiny_config, tiny_trainer, train_steps
 
 SHAPES = ((64, 32), (7,), (), (0,), (3, 5, 2), (1,))
@@ -139,24 +140,12 @@ def reads_of_a_step(prefix, tokenizer, flags):
 @pytest.mark.parametrize("flags", ["--clip-grad 1e-3", "--clip-grad 1e-3 --bf16 --use-distributed-optimizer"])
 def test_a_step_of_the_optimizer_reads_the_norm_alone(flags, pool, tiny_data):
     reads, parameters = pool.run(reads_of_a_step, 1, tiny_data["stage2"], tiny_data["tokenizer"], flags)[0]
-    assert reads == 1 and parameters > 20
-
-
-def save_two_steps(prefix, tokenizer, flags, folder):
-    trainer = tiny_trainer(tiny_config(prefix, tokenizer, f"{flags} --save {folder}"))
-    train_steps(trainer, 2)
-    trainer.save()
-    trainer.saver.finish()
-    return train_steps(trainer, 2)
-
-
-def resume(prefix, tokenizer, flags, folder):
-    return train_steps(tiny_trainer(tiny_config(prefix, tokenizer, f"{flags} --load {folder}")), 2)
+    assert reads == 1 and parameters > 10
 
 
 @pytest.mark.parametrize("distributed", ["", "--use-distributed-optimizer"], ids=["plain", "distributed-optimizer"])
 def test_a_run_may_resume_with_another_learning_rate(distributed, pool, tiny_data, tmp_path):
     """The schedule of the checkpoint is used, as in Megatron-LM."""
     data = (tiny_data["stage2"], tiny_data["tokenizer"])
-    expected = pool.run(save_two_steps, 1, *data, f"{distributed} --lr 3e-3", str(tmp_path))[0]
-    assert pool.run(resume, 1, *data, f"{distributed} --lr 1e-3", str(tmp_path))[0] == expected
+    expected = pool.run(uninterrupted, 1, *data, f"{distributed} --lr 3e-3", str(tmp_path))[0]
+    assert pool.run(resumed, 1, *data, f"{distributed} --lr 1e-3", str(tmp_path))[0] == expected

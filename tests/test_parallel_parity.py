@@ -75,6 +75,7 @@ def runs(layout, stage, model, pool, data, run=curve):
 
 def assert_equal(found, expected):
     """Each step that was found, against the same one of the reference."""
+    assert found
     for (loss, norm), (expected_loss, expected_norm) in zip(found, expected):
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         # One stage-2 step's gradients nearly cancel (norm 0.08 between 1.1 and 2.6): its rounding is that of the others.
