@@ -24,6 +24,7 @@ PARTS = {
 """Files (test_NAME.py) of two parts. Of the other tests, those that take the pool are `distributed`, the rest `unit`."""
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
     """Give each test its part of the suite (`make test PART=unit`), and its lane for pytest-xdist.
 
@@ -37,8 +38,10 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def pool():
+def pool(tmp_path_factory):
     """Four worker processes for tests of several ranks."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        (tmp_path_factory.getbasetemp().parent / "pool").mkdir()  # FileExistsError: the lanes do not hold, there is a second pool
     workers = Pool(4)
     yield workers
     workers.close()
