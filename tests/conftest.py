@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items):
 def pool(tmp_path_factory):
     """Four worker processes for tests of several ranks."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        (tmp_path_factory.getbasetemp().parent / "pool").mkdir()  # FileExistsError: the lanes do not hold, there is a second pool
+        (tmp_path_factory.getbasetemp().parent / "pool").mkdir()  # FileExistsError: another lane has a pool too
     workers = Pool(4)
     yield workers
     workers.close()
