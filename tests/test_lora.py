@@ -17,11 +17,13 @@ from tests.support.resume import resumed, uninterrupted
 from tests.support.tiny import float64_gradients, packed, tiny_config, tiny_trainer, train_steps
 
 STEPS = 3
-LORA = "--lora-rank 4 --lora-alpha 6 --lr 1e-3 --num-layers 4"
+LORA = "--lora-rank 4 --lora-alpha 6 --lr 1e-3"
 STAGES = {
     "stage1": f"--objective response-lm {LORA} --untie-embeddings-and-output-weights True",
     "stage2": f"--objective pair-preference {LORA} --untie-embeddings-and-output-weights False",
 }
+LAYERS = "--num-layers 4"
+"""Two virtual stages on each of two pipeline stages."""
 NAMES = ("tp2", "tp2-sp", "pp2-vpp3", "dp2-overlap", "tp2-sp-pp2", "cp2", "recompute", "recompute-mlp")
 RUNS = [("stage2", layout) for layout in NAMES] + [("stage1", layout) for layout in ("tp2-sp", "pp2-vpp3", "dp2-overlap")]
 
@@ -60,7 +62,7 @@ def references(pool, tiny_data):
 
     def reference(stage):
         if stage not in made:
-            made[stage] = pool.run(curve, 1, tiny_data[stage], tiny_data["tokenizer"], STAGES[stage])[0]
+            made[stage] = pool.run(curve, 1, tiny_data[stage], tiny_data["tokenizer"], f"{STAGES[stage]} {LAYERS}")[0]
         return made[stage]
 
     return reference
@@ -76,7 +78,7 @@ SHORT = [
 def test_layout_equals_one_process_and_the_base_stays(stage, layout, pool, tiny_data, references):
     processes, flags = LAYOUTS[layout]
     expected = references(stage)
-    for found in pool.run(curve, processes, tiny_data[stage], tiny_data["tokenizer"], f"{STAGES[stage]} {flags}"):
+    for found in pool.run(curve, processes, tiny_data[stage], tiny_data["tokenizer"], f"{STAGES[stage]} {LAYERS} {flags}"):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -231,7 +233,7 @@ def test_checkpoints(pool, tiny_data, tmp_path):
     assert pool.run(resumed, 4, *data, layout, str(run))[0] == expected, "same layout: bit for bit"
     np.testing.assert_allclose(pool.run(resumed, 1, *data, flags, str(run))[0], expected, rtol=1e-5)
 
-    pool.run(uninterrupted, 1, *data, "--untie-embeddings-and-output-weights False --lr 1e-3 --num-layers 4", str(full))
+    pool.run(uninterrupted, 1, *data, "--untie-embeddings-and-output-weights False --lr 1e-3", str(full))
     begun = (f"{LORA} --pretrained-checkpoint {run}", LORA, f"{LORA} --pretrained-checkpoint {full}", f"--load {full}")
     refused = {
         f"--lora-rank 3 --load {run}": "saved with --lora-rank 4, this run has 3. {merge} as a new run",

@@ -26,8 +26,8 @@ VARIANTS = {
 }
 FUSED_SWIGLU = f"{UNTIED} --transformer-config bias_activation_fusion=true"
 """The activation that a GPU takes; it refuses a process without label rows."""
-SIX_LAYERS = ("pp2-uneven", "pp2-vpp3", "pp3")
-"""The other layouts can do with two, one a stage, which take a third of the time."""
+SIX_LAYERS = ("pp2-uneven", "pp2-vpp3", "pp3", "cp2-pp2")
+"""The others can do with two, one a stage, which take a third of the time; a pruned layer alone may have no label row."""
 
 
 def curve(prefix, tokenizer_model, flags, steps=STEPS):
