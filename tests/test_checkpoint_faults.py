@@ -1,7 +1,6 @@
 """Checkpoints survive faults: no fault of tests/support/faults.py loses a state; and tests of each safeguard."""
 
 import io
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -17,6 +16,7 @@ from gram_engine.checkpoint.integrity import seal
 from gram_engine.errors import CheckpointError, ConfigError
 from tests.support.faults import FAULTS, try_fault
 from tests.support.hand_made import load, meant, save, with_flags
+from tests.support.pool import worker_context
 from tests.support.tiny import tiny_config
 
 
@@ -27,7 +27,7 @@ def hide_gpus():
 @pytest.fixture(scope="module")
 def tries(tiny_data, tmp_path_factory):
     """{fault: future of its outcomes}; two faults are tried at a time, in processes without process groups."""
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"), initializer=hide_gpus) as executor:
+    with ProcessPoolExecutor(2, mp_context=worker_context(), initializer=hide_gpus) as executor:
         yield {
             fault.name: executor.submit(try_fault, fault.name, tmp_path_factory.mktemp("fault"), tiny_data) for fault in FAULTS
         }

@@ -16,12 +16,19 @@ MOST_THREADS = 150
 """Above this number of threads in a worker, which come from past process groups, the pool starts again."""
 
 
+def worker_context():
+    """A context of multiprocessing whose processes are forked where tests.support.preload is imported: they start at once."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.preload"])
+    return context
+
+
 class WorkerError(AssertionError):
     """A worker raised, died or hung; the text has the rank and its traceback."""
 
 
 class Pool:
-    """`size` spawned processes; each run forms a new gloo process group of the first few."""
+    """`size` processes; each run forms a new gloo process group of the first few."""
 
     def __init__(self, size: int):
         self.size = size
@@ -58,7 +65,7 @@ class Pool:
     def _start(self) -> None:
         if self.workers:
             return
-        context = mp.get_context("spawn")
+        context = worker_context()
         for _ in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
