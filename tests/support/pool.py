@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import tempfile
@@ -81,7 +82,9 @@ class Pool:
         try:
             result, failure, threads = connection.recv()
         except EOFError:
-            raise WorkerError(f"rank {rank} died") from None
+            process = self.workers[rank][0]
+            process.join(10)
+            raise WorkerError(f"rank {rank} died: exit code {process.exitcode}") from None
         if failure is not None:
             raise WorkerError(f"rank {rank} raised:\n{failure}")
         return result, threads
@@ -95,6 +98,7 @@ def _kill_session(process) -> None:
 
 
 def _serve(connection) -> None:
+    faulthandler.enable()
     os.setsid()
     # A daemonic process may not have children, which the checkpoint writer starts.
     mp.current_process()._config["daemon"] = False
