@@ -5,26 +5,25 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from gram_engine import cli
 from tests.conftest import TEMPLATE
+from tests.support.pool import run_alone
 
-ROOT = Path(__file__).parents[1]
 GOOD = {"prompt": "say yes", "chosen": "yes", "rejected": "no"}
 
 
 def run(*arguments, **environment):
     """(exit status, output) of the gram command in a process of its own."""
-    command = [sys.executable, "-m", "gram_engine.cli", *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=200, env={**os.environ, **environment}
-    )
-    return done.returncode, done.stdout + done.stderr
+    return run_alone(gram, [*map(str, arguments)], environment)
+
+
+def gram(arguments, environment):
+    os.environ.update(environment)
+    cli.main([*arguments, "--device", "cpu"])
 
 
 def write_rows(path, *rows):

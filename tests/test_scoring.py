@@ -1,8 +1,9 @@
 """Scorer against a naive computation with transformers, its files, and folders that cannot score."""
 
+import itertools
 import json
-import subprocess
-import sys
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from gram_engine.data.template import JudgeTemplate
 from gram_engine.errors import CheckpointError, ConfigError
 from gram_engine.scoring.command import main, rank_main
 from gram_engine.scoring.scorer import RewardModelScorer
+from tests.support.pool import run_alone
 from tests.support.reward_folder import PAIRS
 
 SEQ_LENGTH = 192
@@ -131,28 +133,24 @@ def test_lists_from_a_file(folder, scorer, tmp_path, capsys):
     assert "in.jsonl:1: a row must be {prompt, responses: [...]} with at least one response" in capsys.readouterr().err
 
 
-KILLED = """
-import os, sys
-from gram_engine.scoring import scorer
-from gram_engine.scoring import command
-run, count = scorer.RewardModelScorer._run, 0
-def die_in_the_third_batch(self, tree):
-    global count
-    count += 1
-    if count == 3:
-        os.kill(os.getpid(), 9)
-    return run(self, tree)
-scorer.RewardModelScorer._run = die_in_the_third_batch
-command.main(sys.argv[1:])
-"""
+def main_killed_in_the_third_batch(arguments):
+    run, batches = RewardModelScorer._run, itertools.count(1)
+
+    def run_or_die(self, tree):
+        if next(batches) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return run(self, tree)
+
+    RewardModelScorer._run = run_or_die
+    main(arguments)
 
 
 def test_an_interrupted_command_resumes(folder, scorer, tmp_path, capsys):
     rows = [{"prompt": prompt, "chosen": a, "rejected": b} for prompt, a, b in PAIRS]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--model", str(folder), "--batch-tokens", "100"]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, timeout=100)
-    assert killed.returncode == -9, killed.stderr
+    status, output = run_alone(main_killed_in_the_third_batch, arguments)
+    assert status == -signal.SIGKILL, output
     partial = tmp_path / "out.jsonl.partial"
     whole = partial.read_text()
     assert not (tmp_path / "out.jsonl").exists() and 0 < whole.count("\n") < 7
@@ -165,7 +163,7 @@ def test_an_interrupted_command_resumes(folder, scorer, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
 
     # Lines that were made of other input are discarded.
-    subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, timeout=100)
+    run_alone(main_killed_in_the_third_batch, arguments)
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
     main(arguments)
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

@@ -24,6 +24,24 @@ def worker_context():
     return context
 
 
+def run_alone(function, *args, timeout: float = TIMEOUT_SECONDS) -> tuple[int, str]:
+    """(exit code, output) of function(*args) in a process of its own, which has all imports done."""
+    with tempfile.NamedTemporaryFile() as file:
+        process = worker_context().Process(target=_run_alone, args=(file.name, function, args))
+        process.start()
+        process.join(timeout)
+        process.kill()
+        process.join()
+        return process.exitcode, Path(file.name).read_text(encoding="utf-8")
+
+
+def _run_alone(output: str, function, args: tuple) -> None:
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    function(*args)
+
+
 class WorkerError(AssertionError):
     """A worker raised, died or hung; the text has the rank and its traceback."""
 
