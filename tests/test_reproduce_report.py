@@ -8,7 +8,7 @@ import pytest
 
 from gram_engine.reproduce.collect import Estimate, Results, Scores, bootstrap
 from gram_engine.reproduce.compare import compare, kendall_tau, verdict
-from gram_engine.reproduce.jobs import make_jobs
+from gram_engine.reproduce.jobs import JobGraph
 from gram_engine.reproduce.paper import COLUMNS, PUBLISHED
 from gram_engine.reproduce.report import write_report
 from tests.support.recipe_lab import content, demonstration, recipe_of
@@ -72,7 +72,7 @@ def test_published_figures_are_percentages_of_known_columns():
 
 def test_report_sets_figures_beside_the_papers(tmp_path):
     recipe = recipe_of(tmp_path, content(demonstration(tmp_path / "demo")))
-    graph = make_jobs(recipe, tmp_path / "out")
+    graph = JobGraph(recipe, tmp_path / "out")
     right = lambda share: np.tile((np.arange(200) < 200 * share).astype(float), (2, 1))  # noqa: E731
     measured = {
         name: {"known": Scores((1, 2), right(known), 0.9, 0.5, 0.0), "letters": Scores((1, 2), right(letters), 0.8, 0.4, 0.25)}

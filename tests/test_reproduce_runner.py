@@ -14,7 +14,7 @@ import yaml
 
 from gram_engine.errors import ConfigError
 from gram_engine.reproduce import command
-from gram_engine.reproduce.runner import Runner, alone_in
+from gram_engine.reproduce.runner import Runner, exclusive_lock
 from gram_engine.training.stopping import LEAVING
 from tests.support.recipe_lab import changed, content, demonstration
 from tests.support.shell_jobs import shell_jobs
@@ -57,7 +57,7 @@ def test_a_training_that_left_early_is_not_done(tmp_path):
     runner = Runner(jobs, 1, lambda _: None)
     runner.run()
     assert runner.failed == {
-        f"{tmp_path.name}/train": f"{left}. Give the command again to go on.", f"{tmp_path.name}/convert": "needs: train"
+        f"{tmp_path.name}/train": f"{left}. Rerun the command to resume.", f"{tmp_path.name}/convert": "needs: train"
     }  # fmt: skip
     again = Runner(shell_jobs(tmp_path, {"train": ("true", ()), "convert": ("true", ("train",))}), 1, lambda _: None)
     again.run()
@@ -70,11 +70,11 @@ def test_a_killed_run_goes_on(kill, tmp_path):
         """
         import signal, sys
         from pathlib import Path
-        from gram_engine.reproduce.runner import Runner, alone_in
+        from gram_engine.reproduce.runner import Runner, exclusive_lock
         from tests.support.shell_jobs import shell_jobs
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         folder = Path(sys.argv[1])
-        with alone_in(folder) as lock:
+        with exclusive_lock(folder) as lock:
             Runner(shell_jobs(folder, {"one": ("true", ()), "two": ("exec sleep 60", ("one",))}), lock=lock).run()
         """
     )
@@ -84,7 +84,7 @@ def test_a_killed_run_goes_on(kill, tmp_path):
         process.send_signal(kill)
         process.wait(timeout=60)
         if kill == signal.SIGKILL:  # its command lives on, and is in the way
-            with pytest.raises(ConfigError, match="a command that a killed one has left, works here"), alone_in(tmp_path):
+            with pytest.raises(ConfigError, match="a killed run has left behind, works here"), exclusive_lock(tmp_path):
                 pass
             os.killpg(process.pid, signal.SIGKILL)
         wait_for(lambda: not group_lives(process.pid))
@@ -92,7 +92,7 @@ def test_a_killed_run_goes_on(kill, tmp_path):
         if group_lives(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
     runner = Runner(shell_jobs(tmp_path, {"one": ("true", ()), "two": ("true", ("one",))}), 1, lambda _: None)
-    with alone_in(tmp_path):
+    with exclusive_lock(tmp_path):
         runner.run()
     assert runs_of(tmp_path) == ["one", "two", "two"] and not runner.failed
 

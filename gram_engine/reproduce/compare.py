@@ -1,4 +1,4 @@
-"""Our figures beside the paper's: the content of the report's sections, as plain data."""
+"""Our results beside the paper's: the content of the report's sections, as plain data."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ VERDICTS = ("agrees", "same direction, within chance", "other direction, within 
 
 @dataclass(frozen=True)
 class Column:
-    """What a column of figures is the mean of."""
+    """The evaluation sets whose accuracies a column averages."""
 
     title: str
     sets: tuple[str, ...]
     published: Optional[str]
-    """Key of the paper's column that it stands beside."""
+    """Key of the paper's column."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a section's table."""
+    """A row of a section's table: a variant, or a point of a line."""
 
     label: str
     variant: str
@@ -34,12 +34,18 @@ class Row:
 
     @property
     def published(self) -> str:
-        """Its name in the paper's table."""
+        """Key of the paper's row."""
         return self.label if self.x is None else f"{self.x:g}"
 
 
+def rows_of(section: Section) -> list[Row]:
+    """The rows of a section; those of a line in the order of x."""
+    rows = [Row(label, variant) for label, variant in section.rows.items()]
+    return rows + [Row(label, points[x], x) for label, points in section.series.items() for x in sorted(points)]
+
+
 def columns_of(recipe: Recipe, variants: Sequence[str]) -> list[Column]:
-    """The mean over the sets of each kind that all variants are measured on; where it has several, each set as well."""
+    """For each kind of set that all variants are evaluated on: the mean over its sets and, where it has several, each set."""
     shared = [name for name in recipe.evaluation if all(name in recipe.variants[one].evaluate for one in variants)]
     columns = []
     for kind, title in KINDS.items():
@@ -52,58 +58,118 @@ def columns_of(recipe: Recipe, variants: Sequence[str]) -> list[Column]:
 
 
 def compare(section: Section, recipe: Recipe, results: Results) -> dict[str, Any]:
-    """A section's content: columns, rows with our figures and the paper's, orders, claims, and where a line is best."""
-    rows = list(_rows(section))
-    columns = columns_of(recipe, [row.variant for row in rows])
-    published = PUBLISHED.get(section.published, Published(""))
-    lines = [(row, [results.accuracy(row.variant, column.sets) for column in columns]) for row in rows]
-    return {
-        "title": section.title,
-        "text": section.text,
-        "x": section.x,
-        "paper": {"place": published.place, "remark": published.remark},
-        "columns": [{"title": one.title, "sets": one.sets, "paper": COLUMNS.get(one.published)} for one in columns],
-        "rows": [
-            {
-                "label": row.label,
-                "x": row.x,
-                "variant": row.variant,
-                "figures": [estimate and asdict(estimate) for estimate in estimates],
-                "paper": [_paper(published, row, column) for column in columns],
-                **_order_effects(results, row.variant),
-            }
-            for row, estimates in lines
-        ],
-        "orders": list(_orders(published, columns, lines)) if section.rows else [],
-        "claims": list(_claims(section, published, columns, rows, results)),
-        "lines": list(_lines(section, published, columns, lines, results)),
-    }
+    """A section's content: columns, rows with our accuracies and the paper's, rankings, differences, best points of lines."""
+    return _Comparison(section, recipe, results).content()
+
+
+class _Comparison:
+    def __init__(self, section: Section, recipe: Recipe, results: Results):
+        self.section, self.results = section, results
+        self.rows = rows_of(section)
+        self.columns = columns_of(recipe, [row.variant for row in self.rows])
+        self.published = PUBLISHED.get(section.published, Published(""))
+        self.estimates = {row: [results.accuracy(row.variant, column.sets) for column in self.columns] for row in self.rows}
+
+    def content(self) -> dict[str, Any]:
+        section, published = self.section, self.published
+        return {
+            "title": section.title,
+            "text": section.text,
+            "x": section.x,
+            "paper": {"place": published.source, "remark": published.remark},
+            "columns": [{"title": one.title, "sets": one.sets, "paper": COLUMNS.get(one.published)} for one in self.columns],
+            "rows": [
+                {
+                    "label": row.label,
+                    "x": row.x,
+                    "variant": row.variant,
+                    "figures": [estimate and asdict(estimate) for estimate in self.estimates[row]],
+                    "paper": [self._paper(row, column) for column in self.columns],
+                    **_order_effects(self.results, row.variant),
+                }
+                for row in self.rows
+            ],
+            "orders": list(self._rankings()) if section.rows else [],
+            "claims": list(self._differences()),
+            "lines": list(self._lines()),
+        }
+
+    def _paper(self, row: Row, column: Column) -> Optional[float]:
+        return self.published.rows.get(row.published, {}).get(column.published)
+
+    def _rankings(self) -> Iterator[dict[str, Any]]:
+        """Rows from best to worst, ours and the paper's, by each column that both have."""
+        for number, column in enumerate(self.columns):
+            ours = {row.label: own[number].mean for row, own in self.estimates.items() if own[number] is not None}
+            paper = {row.label: self._paper(row, column) for row in self.rows}
+            known = [label for label in ours if paper[label] is not None]
+            if len(known) > 1 and self.published.relative_to is None:
+                yield {
+                    "column": column.title,
+                    "ours": sorted(known, key=lambda label: -ours[label]),
+                    "paper": sorted(known, key=lambda label: -paper[label]),
+                    "kendall_tau": kendall_tau([ours[label] for label in known], [paper[label] for label in known]),
+                }
+
+    def _differences(self) -> Iterator[dict[str, Any]]:
+        """Each row minus the reference, by the mean over each kind of set, with the paper's difference where it has one."""
+        reference = next((row for row in self.rows if row.label == self.section.reference), None)
+        for row in self.rows if reference else []:
+            for column in (one for one in self.columns if one.published):
+                ours = self.results.difference(row.variant, reference.variant, column.sets)
+                if row == reference or ours is None:
+                    continue
+                theirs, base = self._paper(row, column), self._paper(reference, column)
+                if theirs is not None and self.published.relative_to != reference.label:
+                    theirs = None if base is None else theirs - base
+                yield {
+                    "row": row.label,
+                    "reference": reference.label,
+                    "column": column.title,
+                    "ours": asdict(ours),
+                    "paper": theirs,
+                    "verdict": verdict(theirs, ours) if theirs else None,
+                }
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        """For each line and column: the best x, the last point minus the first, and the paper's best point minus ours."""
+        for label in self.section.series:
+            for number, column in enumerate(self.columns):
+                points = {row.x: row for row in self.rows if row.label == label and self.estimates[row][number] is not None}
+                if len(points) < 2:
+                    continue
+                best = max(points, key=lambda x: self.estimates[points[x]][number].mean)
+                theirs = self.published.best.get(column.published)
+                yield {
+                    "line": label,
+                    "column": column.title,
+                    "best": best,
+                    "ends": [min(points), max(points)],
+                    "end_less_beginning": self._step(points, column, max(points), min(points)),
+                    "paper_best": theirs,
+                    "paper_best_less_best": self._step(points, column, theirs, best) if theirs in points else None,
+                }
+
+    def _step(self, points: Mapping[float, Row], column: Column, x: float, other: float) -> Optional[dict[str, float]]:
+        found = self.results.difference(points[x].variant, points[other].variant, column.sets)
+        return found and asdict(found)
 
 
 def verdict(paper: float, ours: Estimate) -> str:
-    """How a difference of ours stands to the paper's, which is not zero."""
-    same = ours.mean * paper > 0
-    if same:
+    """How a difference of ours compares with the paper's, which is not zero."""
+    if ours.mean * paper > 0:
         return VERDICTS[0] if ours.is_clear else VERDICTS[1]
     return VERDICTS[3] if ours.is_clear else VERDICTS[2]
 
 
 def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float:
-    """Kendall's tau-a: pairs that both order alike, less those they order differently, over all pairs."""
+    """Kendall's tau-a: pairs that both rank alike, minus those they rank differently, over all pairs."""
     pairs = list(combinations(range(len(one)), 2))
     return sum(_sign(one[i] - one[j]) * _sign(other[i] - other[j]) for i, j in pairs) / len(pairs)
 
 
-def _rows(section: Section) -> Iterator[Row]:
-    for label, variant in section.rows.items():
-        yield Row(str(label), variant)
-    for label, points in section.series.items():
-        for x in sorted(points):
-            yield Row(str(label), points[x], float(x))
-
-
-def _paper(published: Published, row: Row, column: Column) -> Optional[float]:
-    return published.rows.get(row.published, {}).get(column.published)
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)
 
 
 def _order_effects(results: Results, variant: str) -> dict[str, Optional[float]]:
@@ -113,76 +179,3 @@ def _order_effects(results: Results, variant: str) -> dict[str, Optional[float]]
         name: sum(getattr(scores, name) for scores in own) / len(own) if own else None
         for name in ("swap_consistency", "prefers_a")
     }
-
-
-def _orders(published: Published, columns: Sequence[Column], lines: Sequence[tuple[Row, list]]) -> Iterator[dict[str, Any]]:
-    """Rows from best to worst, ours and the paper's, by each column that both have."""
-    for number, column in enumerate(columns):
-        ours = {row.label: figures[number].mean for row, figures in lines if figures[number] is not None}
-        paper = {row.label: _paper(published, row, column) for row, _ in lines}
-        known = [label for label in ours if paper[label] is not None]
-        if len(known) > 1 and published.relative_to is None:
-            yield {
-                "column": column.title,
-                "ours": sorted(known, key=lambda label: -ours[label]),
-                "paper": sorted(known, key=lambda label: -paper[label]),
-                "kendall_tau": kendall_tau([ours[label] for label in known], [paper[label] for label in known]),
-            }
-
-
-def _claims(
-    section: Section, published: Published, columns: Sequence[Column], rows: Sequence[Row], results: Results
-) -> Iterator[dict[str, Any]]:
-    """Each row less the reference in the mean over each kind of set, with the paper's difference where it has one."""
-    reference = next((row for row in rows if row.label == section.reference), None)
-    if reference is None:
-        return
-    for row in rows:
-        for column in (one for one in columns if one.published):
-            ours = results.difference(row.variant, reference.variant, column.sets)
-            if row == reference or ours is None:
-                continue
-            theirs, base = (_paper(published, one, column) for one in (row, reference))
-            if theirs is not None and published.relative_to != reference.label:
-                theirs = None if base is None else theirs - base
-            yield {
-                "row": row.label,
-                "reference": reference.label,
-                "column": column.title,
-                "ours": asdict(ours),
-                "paper": theirs,
-                "verdict": verdict(theirs, ours) if theirs else None,
-            }
-
-
-def _lines(
-    section: Section, published: Published, columns: Sequence[Column], lines: Sequence[tuple[Row, list]], results: Results
-) -> Iterator[dict[str, Any]]:
-    """Of each line and column: its best place, its end less its beginning, and the paper's best place less our best."""
-    for label in section.series:
-        for number, column in enumerate(columns):
-            own: Mapping[float, tuple[Row, Estimate]] = {
-                row.x: (row, figures[number]) for row, figures in lines if row.label == label and figures[number] is not None
-            }
-            if len(own) < 2:
-                continue
-            best = max(own, key=lambda x: own[x][1].mean)
-            theirs = published.best.get(column.published)
-
-            def less(x: float, other: float, own=own, sets=column.sets) -> Optional[dict[str, float]]:
-                found = results.difference(own[x][0].variant, own[other][0].variant, sets)
-                return found and asdict(found)
-
-            yield {
-                "line": label,
-                "column": column.title,
-                "best": best,
-                "ends": [min(own), max(own)],
-                "end_less_beginning": less(max(own), min(own)),
-                "paper_best": theirs,
-                "paper_best_less_best": less(theirs, best) if theirs in own else None,
-            }
-
-
-def _sign(value: float) -> int:
-    return (value > 0) - (value < 0)

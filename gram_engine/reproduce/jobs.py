@@ -1,8 +1,8 @@
-"""From a recipe to jobs: each a command that a user could give, in a folder named after all that its result depends on.
+"""From a recipe to jobs: commands that a user could run, each in a folder named after a hash of what its result depends on.
 
-So stages that variants share are trained once, a changed recipe runs only what changed, and a killed reproduction goes on.
+So stages that variants share are trained once, a changed recipe runs only what changed, and a killed reproduction resumes.
 
-    OUT/data/NAME-HASH.jsonl                  rows of a data set that selects
+    OUT/data/NAME-HASH.jsonl                  the rows of a data set that leaves some out
     OUT/tokenizer-HASH/tokenizer.model
     OUT/stages/COMMAND-sSEED-HASH/checkpoint  with train.log and train.done.json beside it, as for every other job
                                  /model       for the last stage of a variant
@@ -11,20 +11,24 @@ So stages that variants share are trained once, a changed recipe runs only what 
 
 from __future__ import annotations
 
+import hashlib
+import json
+import random
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
 from gram_engine.config.parse import flag_words
+from gram_engine.data.readers import read_items
 from gram_engine.data.sources import source_fingerprint
 from gram_engine.errors import ConfigError
-from gram_engine.reproduce.data import content_hash, fingerprint, prepare
+from gram_engine.files import source_is_there, write_atomically
 from gram_engine.reproduce.recipe import DataSet, Recipe, Stage, Variant
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMAT = 1
-"""Goes up when the same recipe means other jobs."""
+"""Is raised when the same recipe comes to mean other jobs."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,13 @@ class Job:
     """One command."""
 
     name: str
-    """What it does, as part of file names: train, convert, evaluate-HASH ..."""
+    """Part of file names: train, convert, evaluate-HASH ..."""
     kind: str
-    """Jobs of one kind take about as long as each other."""
+    """Jobs of one kind take about the same time."""
     task: str
     """In words: `train stage2, seed 1`."""
     users: list[str]
-    """Variants that it is done for."""
+    """Variants that need it."""
     folder: Path
     command: tuple[str, ...]
     needs: tuple[str, ...]
@@ -46,7 +50,7 @@ class Job:
     replaces: Optional[Path] = None
     """Folder to remove before it starts."""
     trainer_flags: tuple[str, ...] = ()
-    """The flags of a training, for a check before anything starts."""
+    """The flags of a training, to be checked before anything starts."""
 
     @property
     def id(self) -> str:
@@ -54,7 +58,7 @@ class Job:
 
     @property
     def title(self) -> str:
-        """The task, and some of its users."""
+        """The task, and up to three of its users."""
         shown = self.users if len(self.users) < 4 else [*self.users[:3], "..."]
         return f"{self.task} ({', '.join(shown)})" if shown else self.task
 
@@ -72,32 +76,47 @@ class Job:
     def done(self) -> bool:
         return self.mark.is_file()
 
+    @property
+    def seconds(self) -> float:
+        """How long the finished command took."""
+        return json.loads(self.mark.read_text(encoding="utf-8"))["seconds"]
+
     def __str__(self) -> str:
         return shlex.join(self.command)
 
 
-@dataclass
 class JobGraph:
-    """A recipe's jobs, each behind those it needs."""
+    """All jobs of a recipe below the folder `out`, each after those it needs; nothing is written.
 
-    recipe: Recipe
-    out: Path
-    jobs: dict[str, Job] = field(default_factory=dict)
-    models: dict[tuple[str, int], Path] = field(default_factory=dict)
-    """(variant, seed) -> folder of its last stage; seeds share it where every stage has a seed of its own."""
-    evaluations: dict[Path, Job] = field(default_factory=dict)
-    """Folder of a last stage -> its evaluation."""
-    best_of_n: dict[Path, Job] = field(default_factory=dict)
-    test_files: dict[str, Path] = field(default_factory=dict)
-    """Evaluation set -> its rows."""
-    selections: dict[Path, DataSet] = field(default_factory=dict)
-    """Files to write before the jobs start."""
+    Raises:
+        ConfigError: a data file or the template is missing.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path):
+        self.recipe, self.out = recipe, out
+        self.jobs: dict[str, Job] = {}
+        self.models: dict[tuple[str, int], Path] = {}
+        """(variant, seed) -> folder of its last stage; seeds share it where every stage has a seed of its own."""
+        self.evaluations: dict[Path, Job] = {}
+        """Folder of a last stage -> its evaluation."""
+        self.best_of_n: dict[Path, Job] = {}
+        self.test_files: dict[str, Path] = {}
+        """Evaluation set -> its rows."""
+        self._selections: dict[Path, DataSet] = {}
+        self._fingerprints: dict[str, str] = {}
+        self._users: dict[Path, list[str]] = {}
+        self._tokenizer = self._add_tokenizer() if recipe.tokenizer else None
+        for seed in recipe.seeds:
+            for variant in recipe.variants.values():
+                self._add_variant(variant, seed)
+        self._add_measurements()
+        self._sort()
 
     def write_data(self) -> None:
-        """Write the selections that are not there yet. Raises as `prepare`."""
-        for file, data in self.selections.items():
+        """Write the rows of data sets that leave some out, where they are not there yet. Raises as `write_selection`."""
+        for file, data in self._selections.items():
             if not file.is_file():
-                prepare(data, file)
+                write_selection(data, file)
 
     def needed_for(self, variants: tuple[str, ...]) -> dict[str, Job]:
         """The jobs of some variants alone.
@@ -117,93 +136,71 @@ class JobGraph:
             wanted += job.needs
         return {name: job for name, job in self.jobs.items() if name in kept}
 
-
-def make_jobs(recipe: Recipe, out: Path) -> JobGraph:
-    """All jobs of a recipe below the folder `out`; nothing is written.
-
-    Raises:
-        ConfigError: a data file or the template is missing.
-    """
-    builder = _Builder(recipe, out)
-    for seed in recipe.seeds:
-        for variant in recipe.variants.values():
-            builder.add_variant(variant, seed)
-    builder.add_measurements()
-    builder.sort()
-    return builder.graph
-
-
-class _Builder:
-    def __init__(self, recipe: Recipe, out: Path):
-        self.recipe, self.graph = recipe, JobGraph(recipe, out)
-        self._fingerprints: dict[str, str] = {}
-        self._users: dict[Path, list[str]] = {}
-        self.tokenizer: Optional[Job] = self._tokenizer() if recipe.tokenizer else None
-
-    def add_variant(self, variant: Variant, seed: int) -> None:
-        """The trainings of a variant that no other has brought yet."""
+    def _add_variant(self, variant: Variant, seed: int) -> None:
+        """The trainings of a variant, except those that another variant has added already."""
         parent: Optional[Job] = None
-        for stage in variant.stages:
+        for stage in self.recipe.stages_of(variant):
             parent = self._train(stage, seed if stage.seed is None else stage.seed, parent)
             if variant.name not in parent.users:
                 parent.users.append(variant.name)
-        self.graph.models[variant.name, seed] = parent.folder
+        self.models[variant.name, seed] = parent.folder
 
-    def add_measurements(self) -> None:
+    def _add_measurements(self) -> None:
         """Export and evaluation of every last stage, on the sets of all variants that end there."""
         recipe = self.recipe
         chosen = recipe.best_of_n.variants if recipe.best_of_n else ()
         variants: dict[Path, list[Variant]] = {}
-        for (name, _), folder in self.graph.models.items():
+        for (name, _), folder in self.models.items():
             variants.setdefault(folder, []).append(recipe.variants[name])
         for folder, own in variants.items():
             sets = [name for name in recipe.evaluation if any(name in variant.evaluate for variant in own)]
-            model = self.graph.jobs[f"{folder.name}/train"].task.removeprefix("train ")
+            model = self.jobs[f"{folder.name}/train"].task.removeprefix("train ")
             convert = self._convert(folder, model)
             if sets:
-                self.graph.evaluations[folder] = self._evaluate(folder, model, sets, convert)
+                self.evaluations[folder] = self._evaluate(folder, model, sets, convert)
             if any(variant.name in chosen for variant in own):
-                self.graph.best_of_n[folder] = self._best_of_n(folder, model, convert)
+                self.best_of_n[folder] = self._best_of_n(folder, model, convert)
 
-    def sort(self) -> None:
-        """Put what is done with a model right behind its training, so that figures come early."""
+    def _sort(self) -> None:
+        """Put the measurements of a model right after its training, so that results come early."""
         folders: dict[Path, list[Job]] = {}
-        for job in self.graph.jobs.values():
+        for job in self.jobs.values():
             folders.setdefault(job.folder, []).append(job)
-        self.graph.jobs = {job.id: job for own in folders.values() for job in own}
+        self.jobs = {job.id: job for own in folders.values() for job in own}
 
     def _train(self, stage: Stage, seed: int, parent: Optional[Job]) -> Job:
+        data, tokenizer = self.recipe.data[stage.data], self._tokenizer
         identity = {
             "format": FORMAT,
             "command": stage.command,
-            "flags": {name: _content_of(value) for name, value in stage.flags.items()},
-            "data": self._fingerprint(stage.data),
+            "flags": {name: content_of(value) for name, value in stage.flags.items()},
+            "data": self._fingerprint(data),
             "seed": seed,
             "from": parent.id if parent else None,
-            "tokenizer": self.tokenizer.id if self.tokenizer else None,
+            "tokenizer": tokenizer.id if tokenizer else None,
         }
-        folder = self.graph.out / "stages" / f"{stage.command}-s{seed}-{content_hash(identity)}"
-        if (known := self.graph.jobs.get(f"{folder.name}/train")) is not None:
+        folder = self.out / "stages" / f"{stage.command}-s{seed}-{content_hash(identity)}"
+        if (known := self.jobs.get(f"{folder.name}/train")) is not None:
             return known
-        launcher = self.recipe.launcher
-        door = [*launcher, ROOT / "examples" / f"{stage.command}_gram.sh"] if launcher else ["gram", stage.command]
-        words = [*door, *_flags(stage), "--seed", seed, "--data", *self._files(stage.data)]
-        words += ["--data-cache-path", self.graph.out / "data" / "cache"]
-        words += ["--tokenizer-model", self.tokenizer.folder / "tokenizer.model"] if self.tokenizer else []
+        launcher = self.recipe.launcher.split()
+        program = [*launcher, ROOT / "examples" / f"{stage.command}_gram.sh"] if launcher else ["gram", stage.command]
+        flags = _words_of(stage.flags)
+        words = [*program, *flags, "--seed", seed, "--data", *self._files(data)]
+        words += ["--data-cache-path", self.out / "data" / "cache"]
+        words += ["--tokenizer-model", tokenizer.folder / "tokenizer.model"] if tokenizer else []
         words += ["--pretrained-checkpoint", parent.folder / "checkpoint"] if parent else []
         words += ["--save", folder / "checkpoint", "--load", folder / "checkpoint"]
-        needs = tuple(job.id for job in (self.tokenizer, parent) if job)
-        task = f"train {stage.name}, seed {seed}"
-        kind = f"train {stage.name} on {stage.data.name}"
-        return self._add("train", task, folder, *words, needs=needs, kind=kind, trainer_flags=tuple(_flags(stage)))
+        needs = tuple(job.id for job in (tokenizer, parent) if job)
+        task, kind = f"train {stage.name}, seed {seed}", f"train {stage.name} on {stage.data}"
+        return self._add("train", task, folder, *words, needs=needs, kind=kind, trainer_flags=flags)
 
-    def _tokenizer(self) -> Job:
-        data, size = self.recipe.tokenizer
-        key = content_hash([FORMAT, self._fingerprint(data), size, _content_of(self.recipe.template)])
-        folder = self.graph.out / f"tokenizer-{key}"
+    def _add_tokenizer(self) -> Job:
+        recipe = self.recipe
+        data, size = recipe.data[recipe.tokenizer.data], recipe.tokenizer.vocab_size
+        folder = self.out / f"tokenizer-{content_hash([FORMAT, self._fingerprint(data), size, content_of(recipe.template)])}"
         return self._add(
             "tokenizer", "tokenizer", folder, "gram", "train-tokenizer", "--data", *self._files(data), "--vocab-size", size,
-            "--template", self.recipe.template, "--output", folder / "tokenizer.model",
+            "--template", recipe.template, "--output", folder / "tokenizer.model",
         )  # fmt: skip
 
     def _convert(self, folder: Path, model: str) -> Job:
@@ -218,25 +215,27 @@ class _Builder:
         return self._add(name, f"evaluate {model}", folder, *words, needs=(convert.id,), kind="evaluate")
 
     def _best_of_n(self, folder: Path, model: str, convert: Job) -> Job:
-        asked = self.recipe.best_of_n
-        (file,) = self._files(asked.data, alone=True)
-        name = f"best-of-n-{content_hash([file.name, asked.n])[:6]}"
-        size = ["--n", asked.n] if asked.n else []
-        words = ["gram", "best-of-n", file, "--model", folder / "model", "--output-dir", folder / name, *size]
+        n = self.recipe.best_of_n.n
+        file = self._selection(self.recipe.data[self.recipe.best_of_n.data])
+        name = f"best-of-n-{content_hash([file.name, n])[:6]}"
+        words = ["gram", "best-of-n", file, "--model", folder / "model", "--output-dir", folder / name]
+        words += ["--n", n] if n else []
         return self._add(name, f"best of n of {model}", folder, *words, needs=(convert.id,), kind="best-of-n")
 
     def _test_file(self, name: str) -> Path:
-        """A file of its own, so that its name in a line of scores tells the set."""
-        if name not in self.graph.test_files:
-            (self.graph.test_files[name],) = self._files(self.recipe.evaluation[name].data, alone=True)
-        return self.graph.test_files[name]
+        """A file for each evaluation set, because a line of scores names the file that its pair is from."""
+        if name not in self.test_files:
+            self.test_files[name] = self._selection(self.recipe.data[self.recipe.evaluation[name].data])
+        return self.test_files[name]
 
-    def _files(self, data: DataSet, alone: bool = False) -> tuple[str | Path, ...]:
-        if not alone and not data.is_selection:
-            return data.files
-        file = self.graph.out / "data" / f"{data.name}-{self._fingerprint(data)}.jsonl"
-        self.graph.selections[file] = data
-        return (file,)
+    def _files(self, data: DataSet) -> list[str | Path]:
+        return [self._selection(data)] if data.is_selection else list(data.files)
+
+    def _selection(self, data: DataSet) -> Path:
+        """The file that `write_data` writes for a data set."""
+        file = self.out / "data" / f"{data.name}-{self._fingerprint(data)}.jsonl"
+        self._selections[file] = data
+        return file
 
     def _fingerprint(self, data: DataSet) -> str:
         if data.name not in self._fingerprints:
@@ -246,14 +245,62 @@ class _Builder:
     def _add(self, name: str, task: str, folder: Path, *words: Any, needs=(), kind: str = "", **more: Any) -> Job:
         users = self._users.setdefault(folder, [])
         job = Job(name, kind or name, task, users, folder, tuple(map(str, words)), needs, **more)
-        self.graph.jobs[job.id] = job
+        self.jobs[job.id] = job
         return job
 
 
-def _flags(stage: Stage) -> list[str]:
-    return [word for name, value in stage.flags.items() for word in flag_words(name, value)]
+def content_hash(content: Any) -> str:
+    """Twelve hexadecimal digits for anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _content_of(value: Any) -> Any:
-    """A flag's value, or the hash of the file that it names."""
+def content_of(value: Any) -> Any:
+    """A flag's value; in place of each file that it names, the hash of the file's content."""
+    if isinstance(value, list):
+        return [content_of(one) for one in value]
     return source_fingerprint(value) if isinstance(value, str) and Path(value).is_file() else value
+
+
+def fingerprint(data: DataSet) -> str:
+    """Hash of the files' content and of the way rows are selected.
+
+    Raises:
+        ConfigError: a file is missing.
+    """
+    for file in data.files:
+        if not source_is_there(file):
+            raise ConfigError(f"data.{data.name}: {file}: no such file. Check the path, or the variables given with --set.")
+    return content_hash([[source_fingerprint(file) for file in data.files], data.where, data.rows, data.seed])
+
+
+def write_selection(data: DataSet, file: Path) -> None:
+    """Write the rows of a data set to `file`, one JSON object a line.
+
+    A smaller selection with the same seed is part of a larger one.
+
+    Raises:
+        ConfigError: fewer rows than wanted, or none.
+        DataError: a row cannot be read.
+    """
+    rows = [
+        row
+        for row in read_items(data.files, lambda row, _: [row])
+        if all(isinstance(row, dict) and row.get(name) in values for name, values in data.where.items())
+    ]
+    if len(rows) < (data.rows or 1):
+        raise ConfigError(f"data.{data.name}: {data.rows or 1} rows wanted, but {len(rows)} match {data.where}.")
+    if data.rows is not None:
+        drawn = random.Random(data.seed).sample(range(len(rows)), len(rows))[: data.rows]
+        rows = [rows[number] for number in sorted(drawn)]
+    with write_atomically(file) as handle:
+        for row in rows:
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _words_of(flags: dict[str, Any]) -> tuple[str, ...]:
+    """Flags as words of a command line; of several `config` files, each has a --config of its own."""
+    words: list[str] = []
+    for name, value in flags.items():
+        for one in value if name == "config" and isinstance(value, list) else [value]:
+            words += flag_words(name, one)
+    return tuple(words)

@@ -1,4 +1,4 @@
-"""Figures that the GRAM paper prints (paper.yaml), to stand beside ours."""
+"""Results that the GRAM paper prints (paper.yaml), for comparison with ours."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Mapping, Optional
 from gram_engine.files import read_yaml
 
 COLUMNS = {"in": "UniFeed", "out": "RewardBench", "hhh": "HHH-Alignment", "task": "the task"}
-"""Our kind of test set -> the paper's set."""
+"""Kind of our evaluation set -> the paper's test set."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A table or figure."""
+    """A table or figure of the paper."""
 
-    place: str
+    source: str
     rows: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Row -> {column: accuracy in percent}."""
     relative_to: Optional[str] = None
-    """The rows are differences to this one, in points."""
+    """The rows are differences to this row, in points."""
     best: Mapping[str, float] = field(default_factory=dict)
-    """Column -> the place on the axis that the paper names as the best."""
+    """Column -> the x that the paper names as the best."""
     remark: str = ""
 
 

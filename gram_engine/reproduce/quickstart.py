@@ -1,18 +1,14 @@
-"""`make quickstart`: the whole way of the data once, each step a command that can be pasted into a shell.
+"""`make quickstart`: all steps from data to a scored model once, each a command that can be pasted into a shell.
 
-Data, tokenizer, preprocessing, stage 1, stage 2, export and scoring; the held-out accuracy of the stage-1 model (which
-has seen no label) and of the stage-2 model, and every command, end up in OUTPUT_DIR/report.json.
+Data, tokenizer, preprocessing, stage 1, stage 2, export and scoring. OUTPUT_DIR/report.json holds the held-out accuracy of the
+stage-1 model, which has seen no label, that of the stage-2 model, and every command.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shlex
-import subprocess
-import sys
-import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,9 +16,11 @@ import tyro
 
 from gram_engine.config.parse import fail
 from gram_engine.errors import ConfigError, GramError
-from gram_engine.files import write_atomically
+from gram_engine.files import write_json
+from gram_engine.platform.device import gpu_count
+from gram_engine.reproduce.jobs import ROOT, Job, content_hash, content_of
+from gram_engine.reproduce.runner import Runner, exclusive_lock, exit_on_signals, program
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = "examples/configs"
 
 
@@ -31,11 +29,11 @@ class QuickstartConfig:
     """Without flags: the demonstration task. With --data and --eval-data: the same steps on your preference pairs."""
 
     data: tuple[str, ...] = ()
-    """Training pairs (JSONL, JSON, .gz, Parquet); default: demonstration data made on the spot."""
+    """Training pairs (JSONL, JSON, .gz, Parquet); default: demonstration data, made in the first step."""
     eval_data: Optional[str] = None
     """Held-out pairs; needed with --data."""
     output_dir: str = "runs/quickstart"
-    """Everything is written here."""
+    """Folder for everything."""
     settings: Optional[str] = None
     """X of X-stage1.yaml and X-stage2.yaml; default: examples/configs/quickstart, or .../small with --data."""
     vocab_size: Optional[int] = None
@@ -47,150 +45,113 @@ class QuickstartConfig:
     seed: Optional[int] = None
     """Seed of data, initialisation and order; default: each command's own."""
 
+    def __post_init__(self) -> None:
+        self.settings = self.settings or f"{CONFIGS}/{'small' if self.data else 'quickstart'}"
+        self.vocab_size = self.vocab_size or (8192 if self.data else 768)
+        self.nproc_per_node = self.nproc_per_node or gpu_count() or 2
+        self.tensor_model_parallel_size = self.tensor_model_parallel_size or (1 if self.nproc_per_node % 2 else 2)
 
-@dataclass
-class Quickstart:
-    """The steps of one run and what they took."""
 
-    config: QuickstartConfig
-    commands: list[dict[str, Any]] = field(default_factory=list)
+def make_jobs(config: QuickstartConfig) -> dict[str, Job]:
+    """The steps as jobs, each of which needs those before it."""
+    out, jobs = Path(config.output_dir), {}
 
-    def run(self) -> dict[str, Any]:
-        """Run every step; returns the report.
+    def add(title: str, name: str, *words: Any, replaces: Optional[Path] = None) -> None:
+        number = f"{len(jobs) + 1:02d}-{title.replace(': ', '-').replace(' ', '-')}"
+        path = Path(program(name))
+        command = (str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path), *map(str, words))
+        job = Job(number, title.partition(": ")[2] or title, title, [], out / "logs", command, tuple(jobs), replaces)
+        jobs[job.id] = job
 
-        Raises:
-            ConfigError: --data without --eval-data, or a step failed.
-        """
-        config, out = self.config, Path(self.config.output_dir)
-        if bool(config.data) != bool(config.eval_data):
-            raise ConfigError("--data and --eval-data go together: pairs to train on, and held-out pairs to score.")
-        started = time.perf_counter()
-        train, test = config.data, config.eval_data
-        if not train:
-            self.step("demonstration data", "gram", "demo-data", "--output-dir", out / "data", *self.seed)
-            train, test = (out / "data/train.jsonl",), out / "data/test.jsonl"
-        model = out / "tokenizer.model"
-        size = config.vocab_size or (8192 if config.data else 768)
-        template = [] if config.data else ["--template", f"{CONFIGS}/quickstart-template.yaml"]
-        self.step(
-            "tokenizer", "gram", "train-tokenizer", "--data", *train, "--output", model,
-            "--vocab-size", size, *template,
-        )  # fmt: skip
-        accuracy = {}
-        for stage, objective in (("stage1", "response-lm"), ("stage2", "pair-preference")):
-            self.train(stage, objective, train, model)
-            accuracy[stage] = self.score(stage, test)
-        return {
-            "accuracy_before": accuracy["stage1"]["accuracy"],
-            "accuracy_after": accuracy["stage2"]["accuracy"],
-            "swap_consistency": accuracy["stage2"]["swap_consistency"],
-            "seconds": round(time.perf_counter() - started, 1),
-            "processes": self.processes,
-            "tensor_model_parallel_size": self.tensor_parallel,
-            "held_out": accuracy,
-            "commands": self.commands,
-        }
-
-    def train(self, stage: str, objective: str, train: tuple, tokenizer: Path) -> None:
-        """Preprocess for one stage, train it, and export it to a Hugging Face folder."""
-        out = Path(self.config.output_dir)
-        name = self.config.settings or f"{CONFIGS}/{'small' if self.config.data else 'quickstart'}"
-        settings = ["--config", f"{name}-{stage}.yaml", "--tokenizer-model", tokenizer, *self.seed]
-        prefix = out / "preprocessed" / stage
-        self.step(
+    seed = [] if config.seed is None else ["--seed", config.seed]
+    train, test, tokenizer = config.data, config.eval_data, out / "tokenizer.model"
+    if not train:
+        add("demonstration data", "gram", "demo-data", "--output-dir", out / "data", *seed)
+        train, test = [out / "data/train.jsonl"], out / "data/test.jsonl"
+    template = [] if config.data else ["--template", f"{CONFIGS}/quickstart-template.yaml"]
+    size = ["--vocab-size", config.vocab_size]
+    add("tokenizer", "gram", "train-tokenizer", "--data", *train, "--output", tokenizer, *size, *template)
+    layout = ["--tensor-model-parallel-size", config.tensor_model_parallel_size]
+    for stage, command, objective, start in (
+        ("stage1", "pretrain", "response-lm", []),
+        ("stage2", "finetune", "pair-preference", ["--pretrained-checkpoint", out / "stage1"]),
+    ):
+        settings = ["--config", f"{config.settings}-{stage}.yaml", "--tokenizer-model", tokenizer, *seed]
+        prefix, checkpoint, model = out / "preprocessed" / stage, out / stage, out / f"{stage}-hf"
+        add(
             f"{stage}: preprocess", "gram", "preprocess", *settings, "--objective", objective, "--data", *train,
             "--output-prefix", prefix,
         )  # fmt: skip
-        script = "examples/pretrain_gram.sh" if stage == "stage1" else "examples/finetune_gram.sh"
-        start = [] if stage == "stage1" else ["--pretrained-checkpoint", out / "stage1"]
-        self.step(
-            f"{stage}: train", "torchrun", "--standalone", "--nproc-per-node", self.processes, script, *settings,
-            "--data-path", prefix, "--tensor-model-parallel-size", self.tensor_parallel, *start, "--save", out / stage,
+        add(
+            f"{stage}: train", "torchrun", "--standalone", "--nproc-per-node", config.nproc_per_node,
+            f"examples/{command}_gram.sh", *settings, "--data-path", prefix, *layout, *start, "--save", checkpoint,
         )  # fmt: skip
-        self.step(f"{stage}: export", "gram", "convert", "--load", out / stage, "--save", out / f"{stage}-hf")
-
-    def score(self, stage: str, test: str | Path) -> dict[str, Any]:
-        """Score the held-out pairs with a stage's export; returns the metrics."""
-        out = Path(self.config.output_dir)
-        report = out / f"{stage}-score.json"
-        scores = out / f"{stage}-scores.jsonl"
-        self.step(f"{stage}: score", "gram", "score", test, scores, "--model", out / f"{stage}-hf", "--report", report)
-        return json.loads((ROOT / report).read_text(encoding="utf-8"))
-
-    def step(self, title: str, program: str, *arguments: Any) -> None:
-        """Run one command in the repository's root; its output goes to OUTPUT_DIR/logs.
-
-        Raises:
-            ConfigError: the command failed; the message ends in its last lines.
-        """
-        command = [self.program(program), *map(str, arguments)]
-        number = len(self.commands) + 1
-        log = ROOT / self.config.output_dir / "logs" / f"{number:02d}-{title.replace(': ', '-').replace(' ', '-')}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        print(f"[{number}] {title}\n    $ {shlex.join(command)}", flush=True)
-        started = time.perf_counter()
-        status = _run_logged(command, log, self.environment())
-        seconds = round(time.perf_counter() - started, 1)
-        if status:
-            tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:])
-            raise ConfigError(f"{title} failed (exit status {status}); the end of {log}:\n{tail}")
-        print(f"    {seconds} s", flush=True)
-        self.commands.append({"step": title, "command": shlex.join(command), "seconds": seconds})
-
-    @property
-    def processes(self) -> int:
-        """Training processes."""
-        if self.config.nproc_per_node is None:
-            from gram_engine.platform.device import gpu_count
-
-            self.config.nproc_per_node = gpu_count() or 2
-        return self.config.nproc_per_node
-
-    @property
-    def tensor_parallel(self) -> int:
-        """Tensor-parallel size."""
-        return self.config.tensor_model_parallel_size or (1 if self.processes % 2 else 2)
-
-    @property
-    def seed(self) -> list[str]:
-        """The flag --seed, where a seed is given."""
-        return [] if self.config.seed is None else ["--seed", str(self.config.seed)]
-
-    def program(self, name: str) -> str:
-        """A program of this interpreter's environment, relative to the root where it lies below."""
-        program = Path(sys.executable).parent / name
-        return str(program.relative_to(ROOT) if program.is_relative_to(ROOT) else program)
-
-    def environment(self) -> dict[str, str]:
-        """This environment, with the processors shared out to the training processes (torchrun would give each one)."""
-        threads = max(1, (os.cpu_count() or 1) // self.processes)
-        return {"OMP_NUM_THREADS": str(threads), **os.environ}
+        add(f"{stage}: export", "gram", "convert", "--load", checkpoint, "--save", model, replaces=model)
+        report = ["--report", out / f"{stage}-score.json"]
+        add(f"{stage}: score", "gram", "score", test, out / f"{stage}-scores.jsonl", "--model", model, *report)
+    return jobs
 
 
-def _run_logged(command: list[str], log: Path, environment: dict[str, str]) -> int:
-    """Run a command, its output in a file and a trainer's step lines on the terminal too; returns the exit status."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    with (
-        open(log, "w", encoding="utf-8") as output,
-        subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process,
-    ):
-        for line in process.stdout:
-            output.write(line)
-            if line.startswith("step "):
-                print("    " + " | ".join(line.rstrip().split(" | ")[:5]), flush=True)
-    return process.returncode
+def run(config: QuickstartConfig) -> dict[str, Any]:
+    """Run every step in the current folder, the repository's root, and write report.json; returns what it holds.
+
+    Raises:
+        ConfigError: --data without --eval-data, another run works in the folder, or a step failed.
+    """
+    if bool(config.data) != bool(config.eval_data):
+        raise ConfigError("--data and --eval-data go together: pairs to train on, and held-out pairs to score.")
+    out, jobs = Path(config.output_dir), make_jobs(config)
+    with exclusive_lock(out) as lock:
+        _forget_other_runs(config, jobs)
+        runner = Runner(jobs, say=lambda line: print(line, flush=True), lock=lock, echo=True)
+        runner.run()
+        if runner.failed:
+            job = jobs[next(iter(runner.failed))]
+            end = "\n".join(job.log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:])
+            raise ConfigError(f"{job.title} failed; the end of {job.log}:\n{end}")
+        report = _report(config, jobs)
+        write_json(out / "report.json", report)
+    return report
+
+
+def _forget_other_runs(config: QuickstartConfig, jobs: dict[str, Job]) -> None:
+    """An interrupted run resumes; after a finished one, or with other flags, data or settings, every job runs again."""
+    out = Path(config.output_dir)
+    inputs = [*config.data, config.eval_data, *(f"{config.settings}-{stage}.yaml" for stage in ("stage1", "stage2"))]
+    identity, record = content_hash([asdict(config), content_of(inputs)]), out / "logs" / "identity"
+    if (out / "report.json").exists() or not record.exists() or record.read_text() != identity:
+        for job in jobs.values():
+            job.mark.unlink(missing_ok=True)
+        (out / "report.json").unlink(missing_ok=True)
+        record.parent.mkdir(exist_ok=True)
+        record.write_text(identity)
+
+
+def _report(config: QuickstartConfig, jobs: dict[str, Job]) -> dict[str, Any]:
+    out = Path(config.output_dir)
+    held_out = {stage: json.loads((out / f"{stage}-score.json").read_text()) for stage in ("stage1", "stage2")}
+    return {
+        "accuracy_before": held_out["stage1"]["accuracy"],
+        "accuracy_after": held_out["stage2"]["accuracy"],
+        "swap_consistency": held_out["stage2"]["swap_consistency"],
+        "seconds": round(sum(job.seconds for job in jobs.values()), 1),
+        "processes": config.nproc_per_node,
+        "tensor_model_parallel_size": config.tensor_model_parallel_size,
+        "held_out": held_out,
+        "commands": [{"step": job.title, "command": str(job), "seconds": round(job.seconds, 1)} for job in jobs.values()],
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line: see `--help`."""
     config = tyro.cli(QuickstartConfig, args=argv, prog="gram quickstart", description=__doc__)
+    os.chdir(ROOT)  # the commands name files of the repository
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.nproc_per_node)))
+    exit_on_signals()
     try:
-        report = Quickstart(config).run()
+        report = run(config)
     except GramError as error:
         fail(error)
-    path = ROOT / config.output_dir / "report.json"
-    with write_atomically(path) as handle:
-        json.dump(report, handle, indent=2)
     print(
         f"\nheld-out accuracy before labels (after stage 1): {report['accuracy_before']:.3f}\n"
         f"held-out accuracy after stage 2:                 {report['accuracy_after']:.3f}\n"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import asdict
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Optional, Sequence
 
@@ -12,11 +12,11 @@ import numpy as np
 
 from gram_engine.evaluation.best_of_n import kl_of
 from gram_engine.evaluation.document import GREY, Block, Heading, Plot, Table, new_figure, png_of, write_document
-from gram_engine.files import write_atomically
+from gram_engine.files import write_json
 from gram_engine.reproduce.collect import Results
 from gram_engine.reproduce.compare import KINDS, VERDICTS, compare
 from gram_engine.reproduce.jobs import JobGraph
-from gram_engine.reproduce.runner import seconds_of
+from gram_engine.reproduce.recipe import Recipe
 
 COLOURS = ("#2f6fb5", "#c9702c", "#3f8f5b", "#8457a8", "#b8434e", "#5f6b7a")
 
@@ -25,12 +25,11 @@ def write_report(graph: JobGraph, results: Results, failed: Mapping[str, str], c
     """Write report.md, report.html, report.json and plots into the output folder; returns the path of the page.
 
     Args:
-        failed: job -> why it gave no result.
-        command: what started the reproduction.
+        failed: job -> reason.
+        command: the command line, to be shown.
     """
     content = report_content(graph, results, failed, command)
-    with write_atomically(graph.out / "report.json") as handle:
-        json.dump(content, handle, indent=1)
+    write_json(graph.out / "report.json", content)
     write_document(graph.out, "report", content["title"], list(_blocks(content)))
     return graph.out / "report.html"
 
@@ -43,7 +42,7 @@ def report_content(graph: JobGraph, results: Results, failed: Mapping[str, str],
         "title": recipe.title,
         "command": command,
         "seeds": recipe.seeds,
-        "jobs": {"all": len(graph.jobs), "done": len(done), "seconds": round(sum(map(seconds_of, done)), 1)},
+        "jobs": {"all": len(graph.jobs), "done": len(done), "seconds": round(sum(job.seconds for job in done), 1)},
         "failed": {graph.jobs[name].title: reason for name, reason in failed.items()},
         "not_measured": [name for name in recipe.variants if name not in results.scores],
         "sets": {
@@ -58,7 +57,7 @@ def report_content(graph: JobGraph, results: Results, failed: Mapping[str, str],
         },
         "variants": {
             name: {
-                "stages": [{"stage": one.name, "data": one.data.name, "flags": dict(one.flags)} for one in variant.stages],
+                "stages": [{"stage": one.name, "data": one.data, "flags": one.flags} for one in recipe.stages_of(variant)],
                 "folders": {seed: str(graph.models[name, seed]) for seed in recipe.seeds},
                 "sets": {one: _measured(results, name, one) for one in results.scores.get(name, {})},
             }
@@ -66,7 +65,7 @@ def report_content(graph: JobGraph, results: Results, failed: Mapping[str, str],
         },
         "sections": [compare(section, recipe, results) for section in recipe.sections],
         "best_of_n": results.best_of_n,
-        "notes": [*recipe.notes, *_own_notes(graph, results)],
+        "notes": [*recipe.notes, *_general_notes(recipe, results)],
     }
 
 
@@ -77,17 +76,16 @@ def _measured(results: Results, variant: str, one: str) -> dict[str, Any]:
     return {**asdict(results.accuracy(variant, [one])), "by_seed": by_seed, **effects}
 
 
-def _own_notes(graph: JobGraph, results: Results) -> Iterator[str]:
-    recipe = graph.recipe
+def _general_notes(recipe: Recipe, results: Results) -> Iterator[str]:
     yield (
-        f"Intervals (95 %) resample {len(recipe.seeds)} seeds and the test pairs, independently. Few seeds show little of what "
-        "other seeds would give, so an interval is rather too narrow than too wide."
+        f"Intervals (95 %) resample {len(recipe.seeds)} seeds and the test pairs, independently. A few seeds represent other "
+        "seeds poorly, so an interval is more likely too narrow than too wide."
     )
     sizes = ", ".join(f"{name}: {count:,} pairs, +/- {98 / count**0.5:.1f} points" for name, count in results.pairs.items())
     if sizes:
-        yield f"What chance alone does to an accuracy near one half, one model: {sizes}."
+        yield f"The effect of chance alone on an accuracy near one half, for one model: {sizes}."
     yield (
-        "Many differences are looked at, and at 95 % one in twenty would seem clear if none were: a single verdict is no proof."
+        "The report shows many differences; at 95 % chance alone makes one in twenty look clear. A single verdict is no proof."
     )
 
 
@@ -95,7 +93,7 @@ def _blocks(content: Mapping[str, Any]) -> Iterator[Block]:
     jobs = content["jobs"]
     yield (
         f"{jobs['done']} of {jobs['all']} jobs done, {jobs['seconds'] / 60:.0f} minutes of work; seeds "
-        f"{', '.join(map(str, content['seeds']))}. Made by: {content['command']}"
+        f"{', '.join(map(str, content['seeds']))}. Command: {content['command']}"
     )
     yield from _summary(content)
     rows = [
@@ -105,8 +103,8 @@ def _blocks(content: Mapping[str, Any]) -> Iterator[Block]:
     yield Table(["test set", "kind", "pairs", "longer wins", "shortened"], rows)
     yield (
         "All accuracies are percentages, with 95 % intervals in brackets; an even reward counts one half. Longer wins: the "
-        "accuracy of always taking the longer response. Shortened: percentage of the pairs whose texts were cut to the "
-        "sequence length, for the variant that cuts most."
+        "accuracy of always taking the longer response. Shortened: percentage of the pairs whose texts were truncated to the "
+        "sequence length, for the variant that truncates most."
     )
     for number, section in enumerate(content["sections"], 1):
         yield from _section(section, f"section-{number}")
@@ -117,8 +115,8 @@ def _blocks(content: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def _summary(content: Mapping[str, Any]) -> Iterator[Block]:
-    """Whether the models judge at all; what agrees with the paper, what does not, and what is missing."""
-    yield Heading("Beside the paper")
+    """How many accuracies differ from chance; what agrees with the paper, what does not, and what is missing."""
+    yield Heading("Comparison with the paper")
     own = [one for variant in content["variants"].values() for one in variant["sets"].values()]
     above, below = sum(one["low"] > 0.5 for one in own), sum(one["high"] < 0.5 for one in own)
     yield (
@@ -128,17 +126,17 @@ def _summary(content: Mapping[str, Any]) -> Iterator[Block]:
     claims = [claim for section in content["sections"] for claim in section["claims"] if claim["verdict"]]
     counts = Counter(claim["verdict"] for claim in claims)
     if claims:
-        told = "; ".join(f"{one} {counts[one]}" for one in VERDICTS)
-        yield f"{len(claims)} differences that the paper prints. Ours: {told}."
+        summary = "; ".join(f"{one} {counts[one]}" for one in VERDICTS)
+        yield f"{len(claims)} differences that the paper prints. Ours: {summary}."
     else:
         yield "No difference that the paper prints has been measured."
-    for one, told in ((VERDICTS[0], "Ours agree"), (VERDICTS[3], "Ours contradict")):
+    for one, start in ((VERDICTS[0], "Ours agree"), (VERDICTS[3], "Ours contradict")):
         own = [claim for claim in claims if claim["verdict"] == one]
         named = dict.fromkeys(f"{claim['row']} against {claim['reference']} ({claim['column']})" for claim in own)
         if named:
-            yield f"{told}: {'; '.join(named)}."
+            yield f"{start}: {'; '.join(named)}."
     if content["failed"]:
-        yield Table(["failed", "why"], list(content["failed"].items()))
+        yield Table(["failed", "reason"], list(content["failed"].items()))
     if content["not_measured"]:
         yield f"Not measured: {', '.join(content['not_measured'])}."
 
@@ -164,17 +162,17 @@ def _section(section: Mapping[str, Any], name: str) -> Iterator[Block]:
 
 
 def _figures(section: Mapping[str, Any]) -> Table:
+    columns = list(enumerate(section["columns"]))
+    printed = {number for number, _ in columns if any(row["paper"][number] is not None for row in section["rows"])}
     head = [section["x"]] if section["x"] else []
-    for number, column in enumerate(section["columns"]):
-        head.append(column["title"])
-        if any(row["paper"][number] is not None for row in section["rows"]):
-            head.append(f"paper: {column['paper']}")
+    for number, column in columns:
+        head += [column["title"], f"paper: {column['paper']}"] if number in printed else [column["title"]]
     rows = []
     for row in section["rows"]:
-        cells = [row["label"]] + ([f"{row['x']:g}"] if section["x"] else [])
-        for number, estimate in enumerate(row["figures"]):
-            cells.append(_estimate(estimate))
-            if any(one["paper"][number] is not None for one in section["rows"]):
+        cells = [row["label"], f"{row['x']:g}"] if section["x"] else [row["label"]]
+        for number, _ in columns:
+            cells.append(_estimate(row["figures"][number]))
+            if number in printed:
                 cells.append("" if row["paper"][number] is None else f"{row['paper'][number]:.1f}")
         rows.append([*cells, _share(row["swap_consistency"]), _share(row["prefers_a"])])
     return Table(["", *head, "same in both orders", "prefers A"], rows)
@@ -191,19 +189,19 @@ def _claims(claims: Sequence[Mapping[str, Any]]) -> Table:
         ]
         for claim in claims
     ]
-    return Table([f"less {claims[0]['reference']}", "", "paper, points", "ours, points", ""], rows)
+    return Table([f"minus {claims[0]['reference']}", "", "paper, points", "ours, points", ""], rows)
 
 
 def _line(line: Mapping[str, Any], axis: str) -> str:
     first, last = line["ends"]
-    told = f"{line['line']}, {line['column']}: best at {axis} {line['best']:g}"
+    text = f"{line['line']}, {line['column']}: best at {axis} {line['best']:g}"
     if line["end_less_beginning"]:
-        told += f"; at {last:g} less at {first:g}: {_estimate(line['end_less_beginning'], '+.1f')} points"
+        text += f"; at {last:g} minus at {first:g}: {_estimate(line['end_less_beginning'], '+.1f')} points"
     if line["paper_best"] is not None:
-        told += f"; the paper's best is {line['paper_best']:g}"
+        text += f"; the paper's best is at {line['paper_best']:g}"
         if line["paper_best_less_best"] and line["paper_best"] != line["best"]:
-            told += f", which is here {_estimate(line['paper_best_less_best'], '+.1f')} points to our best"
-    return told + "."
+            text += f", in our results {_estimate(line['paper_best_less_best'], '+.1f')} points from our best"
+    return text + "."
 
 
 def _best_of_n(curves: Mapping[str, Mapping[int, list[dict[str, float]]]]) -> Iterator[Block]:
@@ -225,12 +223,9 @@ def _best_of_n(curves: Mapping[str, Mapping[int, list[dict[str, float]]]]) -> It
     ]
     yield Table(["n", "KL", *head], rows)
     for kind, own in found.items():
-        figure, axes = new_figure(6.0, 4.0)
-        for colour, (name, values) in zip(_colours(len(own)), own.items()):
-            axes.fill_between(kls, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15)
-            axes.plot(kls, values.mean(axis=0), "o-", color=colour, markersize=3, label=name)
+        lines = {name: (kls, values.mean(axis=0), values.min(axis=0), values.max(axis=0)) for name, values in own.items()}
+        figure, axes = _line_plot(lines)
         axes.set(xlabel="KL = log n - (n - 1) / n", ylabel=f"{kind} score of the best of n")
-        axes.legend(frameon=False, fontsize=8)
         yield Plot(f"best-of-n-{kind}", f"Best of n: {kind} score against KL", png_of(figure))
 
 
@@ -242,41 +237,42 @@ def _by_seed(curves: Mapping[int, list[dict[str, float]]], kind: str, most: int)
 def _plots(section: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
     """(column, plot) of the means over each kind of set."""
     for number, column in enumerate(section["columns"]):
-        rows = [row for row in section["rows"] if row["figures"][number] is not None]
-        if rows and column["title"] in KINDS.values():
-            yield column["title"], (_line_plot if section["x"] else _row_plot)(rows, number, section["x"])
+        own = [(row, row["figures"][number]) for row in section["rows"] if row["figures"][number] is not None]
+        if own and column["title"] in KINDS.values():
+            yield column["title"], png_of(_accuracy_lines(own, section["x"]) if section["x"] else _accuracy_rows(own))
 
 
-def _row_plot(rows: Sequence[Mapping[str, Any]], number: int, _: str) -> bytes:
-    figure, axes = new_figure(6.0, max(2.0, 0.35 * len(rows) + 1.0))
-    for place, row in enumerate(rows):
-        estimate = row["figures"][number]
-        axes.plot([estimate["low"], estimate["high"]], [place, place], color=COLOURS[0], linewidth=2)
-        axes.plot(estimate["mean"], place, "o", color=COLOURS[0])
+def _accuracy_rows(own: Sequence[tuple[Mapping[str, Any], Mapping[str, float]]]):
+    figure, axes = new_figure(6.0, max(2.0, 0.35 * len(own) + 1.0))
+    for height, (_, estimate) in enumerate(own):
+        axes.plot([estimate["low"], estimate["high"]], [height, height], color=COLOURS[0], linewidth=2)
+        axes.plot(estimate["mean"], height, "o", color=COLOURS[0])
     axes.axvline(0.5, color=GREY, linewidth=0.8, linestyle="--")
-    axes.set(yticks=range(len(rows)), yticklabels=[row["label"] for row in rows], xlabel="accuracy")
+    axes.set(yticks=range(len(own)), yticklabels=[row["label"] for row, _ in own], xlabel="accuracy")
     axes.xaxis.set_major_formatter("{x:.1%}")
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    return png_of(figure)
+    axes.set_ylim(len(own) - 0.5, -0.5)
+    return figure
 
 
-def _line_plot(rows: Sequence[Mapping[str, Any]], number: int, axis: str) -> bytes:
-    figure, axes = new_figure(6.0, 4.0)
-    labels = list(dict.fromkeys(row["label"] for row in rows))
-    for colour, label in zip(_colours(len(labels)), labels):
-        own = [(row["x"], row["figures"][number]) for row in rows if row["label"] == label]
-        places = [x for x, _ in own]
-        axes.fill_between(places, [one["low"] for _, one in own], [one["high"] for _, one in own], color=colour, alpha=0.15)
-        axes.plot(places, [one["mean"] for _, one in own], "o-", color=colour, label=label)
+def _accuracy_lines(own: Sequence[tuple[Mapping[str, Any], Mapping[str, float]]], axis: str):
+    lines: dict[str, list[tuple[float, ...]]] = {}
+    for row, estimate in own:
+        lines.setdefault(row["label"], []).append((row["x"], estimate["mean"], estimate["low"], estimate["high"]))
+    figure, axes = _line_plot({label: tuple(zip(*points)) for label, points in lines.items()})
     axes.axhline(0.5, color=GREY, linewidth=0.8, linestyle="--")
     axes.set(xlabel=axis, ylabel="accuracy")
     axes.yaxis.set_major_formatter("{x:.1%}")
+    return figure
+
+
+def _line_plot(lines: Mapping[str, tuple[Sequence[float], ...]]):
+    """(figure, axes) of lines with bands: label -> (x, y, lower edge, upper edge)."""
+    figure, axes = new_figure(6.0, 4.0)
+    for colour, (label, (x, y, low, high)) in zip(cycle(COLOURS), lines.items()):
+        axes.fill_between(x, low, high, color=colour, alpha=0.15)
+        axes.plot(x, y, "o-", color=colour, markersize=4, label=label)
     axes.legend(frameon=False, fontsize=8)
-    return png_of(figure)
-
-
-def _colours(count: int) -> list[str]:
-    return [COLOURS[number % len(COLOURS)] for number in range(count)]
+    return figure, axes
 
 
 def _estimate(estimate: Optional[Mapping[str, float]], form: str = ".1f") -> str:

@@ -1,6 +1,6 @@
-"""Runs a recipe's jobs: several at once, each once, going on behind what an earlier run has finished.
+"""Runs jobs: several side by side, each one once, and in a new run only those that no earlier run has finished.
 
-A job that fails takes along those that need it, and no others.
+A job that fails takes with it the jobs that need it, and no others.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
+import functools
 import io
-import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,41 +22,43 @@ from typing import Callable, Iterable, Iterator, Mapping, Optional
 
 from gram_engine.config.parse import parse
 from gram_engine.errors import ConfigError
-from gram_engine.files import write_atomically
+from gram_engine.files import write_json
 from gram_engine.reproduce.jobs import Job
 from gram_engine.training.stopping import LEAVING
 
 
 class Runner:
-    """Runs jobs. `failed` tells afterwards why a job gave no result.
+    """Runs jobs. Afterwards `failed` holds the reason for each job without a result.
 
     Args:
-        jobs: by id, each behind those it needs.
+        jobs: by id, each after those it needs.
         at_once: commands that run side by side; they share the processors.
-        say: takes a line of progress.
-        lock: descriptor of `alone_in`, for the commands to hold as well.
+        say: receives lines of progress.
+        lock: file descriptor of `exclusive_lock`, which the commands inherit and so hold as well.
+        echo: also say each command when it starts, and the training steps that it prints.
     """
 
     def __init__(
-        self, jobs: Mapping[str, Job], at_once: int = 1, say: Callable[[str], None] = print, lock: Optional[int] = None
-    ):
-        self.jobs, self.at_once, self.say, self.lock = jobs, at_once, say, lock
+        self, jobs: Mapping[str, Job], at_once: int = 1, say: Callable[[str], None] = print, lock: Optional[int] = None,
+        echo: bool = False,
+    ):  # fmt: skip
+        self.jobs, self.at_once, self.say, self.lock, self.echo = jobs, at_once, say, lock, echo
         self.failed: dict[str, str] = {}
         self._processes: set[subprocess.Popen] = set()
         self._stopping = False
 
     def run(self) -> None:
-        """Run all that is not done. An interrupt stops the running commands and is raised again."""
+        """Run all jobs that are not done. An interrupt stops the running commands and is raised again."""
         waiting = [job for job in self.jobs.values() if not job.done]
         self.say(f"{len(self.jobs)} jobs, {len(self.jobs) - len(waiting)} of them done already")
-        for name, reason in refused(waiting).items():
+        for name, reason in flag_problems(waiting).items():
             self.failed[name] = reason
             self.say(f"FAILED {self.jobs[name].title}: {reason}")
         running: dict[Future, Job] = {}
         with ThreadPoolExecutor(self.at_once) as pool:
             try:
                 while waiting or running:
-                    waiting = self._without_hopeless(waiting)
+                    waiting = self._without_failed(waiting)
                     ready = [job for job in waiting if self._is_ready(job)][: self.at_once - len(running)]
                     for job in ready:
                         waiting.remove(job)
@@ -68,13 +71,13 @@ class Runner:
             finally:
                 self._stop()
 
-    def _without_hopeless(self, waiting: list[Job]) -> list[Job]:
-        """The jobs that can still run; the others have failed with what they need."""
+    def _without_failed(self, waiting: list[Job]) -> list[Job]:
+        """The jobs that can still run; those that need a failed job have failed, too."""
         kept = []
         for job in waiting:
-            lost = next((name for name in job.needs if name in self.failed), None)
-            if lost is not None:
-                self.failed[job.id] = f"needs: {self.jobs[lost].title}"
+            missing = next((name for name in job.needs if name in self.failed), None)
+            if missing is not None:
+                self.failed[job.id] = f"needs: {self.jobs[missing].title}"
             if job.id not in self.failed:
                 kept.append(job)
         return kept
@@ -83,36 +86,48 @@ class Runner:
         return all(self.jobs[name].done for name in job.needs)
 
     def _run(self, job: Job) -> tuple[str, float]:
-        """(why it failed or "", seconds)."""
+        """(reason of the failure, or ""; seconds)."""
         if self._stopping:
             return "stopped", 0.0
         if job.replaces is not None:
             shutil.rmtree(job.replaces, ignore_errors=True)
         job.folder.mkdir(parents=True, exist_ok=True)
+        if self.echo:
+            self.say(f"{job.title}\n    $ {job}")
         started = time.perf_counter()
         try:
-            with (
-                open(job.log, "w", encoding="utf-8") as log,
-                subprocess.Popen(
-                    [_program(job.command[0]), *job.command[1:]],
-                    stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self._environment(),
-                    pass_fds=() if self.lock is None else (self.lock,),
-                ) as process,
-            ):  # fmt: skip
-                self._processes.add(process)
-                status = process.wait()
-            self._processes.discard(process)
+            status = self._execute(job)
         except OSError as error:
             return f"{job.command[0]}: {error}", 0.0
         seconds = time.perf_counter() - started
         if status:
-            return f"exit status {status}: {_last_words(job.log)} (all of it: {job.log})", seconds
-        if told := next((line for line in _lines(job.log) if LEAVING in line), None):
-            return f"{told}. Give the command again to go on.", seconds
-        with write_atomically(job.mark) as handle:
-            date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            json.dump({"command": str(job), "seconds": round(seconds, 2), "date": date}, handle, indent=1)
+            return f"exit status {status}: {_error_of(job.log)} (the whole output: {job.log})", seconds
+        if left_early := next((line for line in _lines(job.log) if LEAVING in line), None):
+            return f"{left_early}. Rerun the command to resume.", seconds
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        write_json(job.mark, {"command": str(job), "seconds": round(seconds, 2), "date": date})
         return "", seconds
+
+    def _execute(self, job: Job) -> int:
+        """Run the command, its output in the log; returns the exit status."""
+        with (
+            open(job.log, "w", encoding="utf-8", buffering=1) as log,
+            subprocess.Popen(
+                [program(job.command[0]), *job.command[1:]], text=True, errors="replace",
+                stdout=subprocess.PIPE if self.echo else log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                env=self._environment(), pass_fds=() if self.lock is None else (self.lock,),
+            ) as process,
+        ):  # fmt: skip
+            self._processes.add(process)
+            if self._stopping:  # since this job was taken up
+                process.terminate()
+            for line in process.stdout or ():
+                log.write(line)
+                if line.startswith("step "):
+                    self.say("    " + " | ".join(line.rstrip().split(" | ")[:5]))
+            status = process.wait()
+        self._processes.discard(process)
+        return status
 
     def _environment(self) -> dict[str, str]:
         threads = max(1, (os.cpu_count() or 1) // self.at_once)
@@ -126,11 +141,11 @@ class Runner:
         self.say(f"FAILED {job.title}: {reason}" if reason else line)
 
     def _seconds_left(self, left: list[Job]) -> float:
-        """By what jobs of the same kind took, or else all jobs; those that are running count in full."""
+        """An estimate: the mean time of finished jobs of the same kind, else of all; running jobs count in full."""
         took: dict[str, list[float]] = {}
         for job in self.jobs.values():
             if job.done:
-                took.setdefault(job.kind, []).append(seconds_of(job))
+                took.setdefault(job.kind, []).append(job.seconds)
         everything = [seconds for kind in took.values() for seconds in kind]
         means = {kind: sum(values) / len(values) for kind, values in {**took, "": everything or [0.0]}.items()}
         return sum(means.get(job.kind, means[""]) for job in left) / self.at_once
@@ -141,14 +156,20 @@ class Runner:
             process.terminate()
 
 
+def exit_on_signals() -> None:
+    """Make SIGINT (Ctrl-C) and SIGTERM end this process by SystemExit, so that a runner stops its commands first."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
+
+
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[int]:
+def exclusive_lock(folder: Path) -> Iterator[int]:
     """Hold a folder's lock while the block, or any command that has inherited the descriptor, runs.
 
-    So a runner that is started again does not meet the commands that a killed one has left.
+    A command that a killed runner has left behind holds it too, so that a new run does not work beside that command.
 
     Raises:
-        ConfigError: somebody else holds it.
+        ConfigError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as handle:
@@ -156,56 +177,46 @@ def alone_in(folder: Path) -> Iterator[int]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"{folder}: another `gram reproduce`, or a command that a killed one has left, works here. Wait or stop it."
+                f"{folder}: another run, or a command that a killed run has left behind, works here. Wait for it or stop it."
             ) from None
         except OSError:  # a file system without locks
             pass
         yield handle.fileno()
 
 
-def seconds_of(job: Job) -> float:
-    """What a finished job took."""
-    return json.loads(job.mark.read_text(encoding="utf-8"))["seconds"]
+def flag_problems(jobs: Iterable[Job]) -> dict[str, str]:
+    """Trainings with flags that the trainer refuses -> the reason; known before anything starts, not hours later."""
+    return {job.id: reason for job in jobs if job.trainer_flags and (reason := flag_problem(job.trainer_flags))}
 
 
-def refused(jobs: Iterable[Job]) -> dict[str, str]:
-    """Trainings whose flags the trainer does not take, and why: told before anything starts, not hours later."""
-    problems: dict[tuple[str, ...], str] = {}
-    found = {}
-    for job in jobs:
-        if job.trainer_flags and job.trainer_flags not in problems:
-            problems[job.trainer_flags] = flag_problem(job.trainer_flags)
-        if reason := problems.get(job.trainer_flags):
-            found[job.id] = reason
-    return found
-
-
+@functools.cache
 def flag_problem(flags: tuple[str, ...]) -> str:
-    """What the trainer would say against its flags' names and types; "" where nothing."""
-    told = io.StringIO()
+    """The trainer's error about the names and types of its flags; "" where there is none."""
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             parse(list(flags))
     except ConfigError as error:
         return str(error)
     except SystemExit:
-        lines = [line.strip() for line in told.getvalue().splitlines()]
+        lines = [line.strip() for line in output.getvalue().splitlines()]
         rules = [number for number, line in enumerate(lines) if line and not line.strip("-─│╭╮╰╯ ")]
         return " ".join(lines[rules[0] + 1 : rules[1]]).strip("│ ") if len(rules) > 1 else " ".join(lines)
     return ""
 
 
-def _program(name: str) -> str:
-    """A program of this interpreter's environment, else of the PATH."""
-    program = Path(sys.executable).parent / name
-    return str(program) if program.is_file() else name
+def program(name: str) -> str:
+    """The program of this name beside the running Python, else in the PATH."""
+    path = Path(sys.executable).parent / name
+    return str(path) if path.is_file() else name
 
 
 def _lines(log: Path) -> list[str]:
     return [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
 
 
-def _last_words(log: Path) -> str:
+def _error_of(log: Path) -> str:
+    """The last line that begins with `error: `, else the last line."""
     lines = _lines(log)
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or ["it printed nothing"])[-1]
