@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from gram_engine.data import demo
+from gram_engine.files import write_json
+from gram_engine.reproduce.quickstart import QuickstartConfig, forget_other_runs, make_jobs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,3 +36,25 @@ def test_training_data_without_held_out_data_is_refused():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "--data and --eval-data go together" in done.stderr
+
+
+def test_only_an_interrupted_run_with_the_same_flags_and_files_resumes(tmp_path):
+    pairs, out = tmp_path / "pairs.jsonl", tmp_path / "out"
+    pairs.write_text("{}\n")
+    given = dict(data=(str(pairs),), eval_data="test.jsonl", nproc_per_node=1, output_dir=str(out))
+
+    def done(**flags) -> bool:
+        """Whether the first job still counts as done when the command is given (again)."""
+        config = QuickstartConfig(**given, **flags)
+        job = next(iter(make_jobs(config).values()))
+        forget_other_runs(config, {job.id: job})
+        kept = job.done
+        write_json(job.mark, {})
+        return kept
+
+    assert not done() and done()
+    assert not done(seed=1) and done(seed=1)
+    pairs.write_text("{}\n{}\n")
+    assert not done(seed=1) and done(seed=1)
+    write_json(out / "report.json", {})
+    assert not done(seed=1) and not (out / "report.json").exists()

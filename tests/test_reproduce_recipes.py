@@ -28,7 +28,7 @@ def data(tmp_path_factory):
     [
         ("seed", [1], "the recipe: unknown key 'seed'. Did you mean 'seeds'?"),
         ("title", None, "the recipe: 'title' is missing"),
-        ("data", 3, "data: must be a valid dictionary, not 3"),
+        ("data.few", 3, "data.few: must be a valid dictionary, not 3"),
         ("seeds", [1, 1], r"the recipe: seeds \[1, 1\] must differ from each other"),
         ("seeds", 3, "seeds: must be a valid list, not 3"),
         ("seeds", [1, True], "seeds.1: must be a valid integer, not True"),

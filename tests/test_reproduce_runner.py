@@ -50,6 +50,15 @@ def test_a_failure_takes_along_only_what_needs_it(tmp_path):
     assert not again.failed and runs_of(tmp_path)[3:] == ["bad", "after-bad"], "what was done is not done again"
 
 
+def test_echo_shows_commands_and_training_steps(tmp_path):
+    jobs = shell_jobs(tmp_path, {"train": ("echo 'step 1/2 | loss 3 | a | b | c | d'; echo other", ())})
+    said = []
+    Runner(jobs, 1, said.append, echo=True).run()
+    (job,) = jobs.values()
+    assert said[1:3] == [f"train\n    $ {job}", "    step 1/2 | loss 3 | a | b | c"] and said[3].startswith("[1/1] train: 0 s")
+    assert job.log.read_text() == "step 1/2 | loss 3 | a | b | c | d\nother\n"
+
+
 def test_a_training_that_left_early_is_not_done(tmp_path):
     """On SIGTERM a trainer saves and exits with 0, and a cluster's manager sends it to trainers and runner alike."""
     left = f"received SIGTERM: {LEAVING} 3/9, saved"

@@ -102,7 +102,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
         raise ConfigError("--data and --eval-data go together: pairs to train on, and held-out pairs to score.")
     out, jobs = Path(config.output_dir), make_jobs(config)
     with exclusive_lock(out) as lock:
-        _forget_other_runs(config, jobs)
+        forget_other_runs(config, jobs)
         runner = Runner(jobs, say=lambda line: print(line, flush=True), lock=lock, echo=True)
         runner.run()
         if runner.failed:
@@ -114,7 +114,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     return report
 
 
-def _forget_other_runs(config: QuickstartConfig, jobs: dict[str, Job]) -> None:
+def forget_other_runs(config: QuickstartConfig, jobs: dict[str, Job]) -> None:
     """An interrupted run resumes; after a finished one, or with other flags, data or settings, every job runs again."""
     out = Path(config.output_dir)
     inputs = [*config.data, config.eval_data, *(f"{config.settings}-{stage}.yaml" for stage in ("stage1", "stage2"))]

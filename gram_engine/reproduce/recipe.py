@@ -286,5 +286,6 @@ def _message(problem: Mapping[str, Any]) -> str:
         return f"{'.'.join(parents) or 'the recipe'}: '{key}' is missing."
     if problem["type"] == "value_error":
         return f"{'.'.join([*parents, key])}: {problem['ctx']['error']}"
-    rule = re.sub("^(Input|List) should| after validation, not 0", lambda found: "must" if found[1] else "", problem["msg"])
+    rule = re.sub(" after validation, not 0| or instance of .*", "", problem["msg"])
+    rule = re.sub("^(Input|List) should", "must", rule)
     return f"{'.'.join([*parents, key])}: {rule}, not {problem['input']!r}."
