@@ -170,9 +170,8 @@ def test_paper_recipe_takes_the_papers_settings_from_the_configurations(tmp_path
     declared = yaml.safe_load((RECIPES / "paper_8b.yaml").read_text())["variables"]
     variables = {name: str(tmp_path / "rows.jsonl") for name, default in declared.items() if default is None}
     graph = JobGraph(load_recipe(RECIPES / "paper_8b.yaml", variables), tmp_path)
-    trainings = {job.task: parse(list(job.trainer_flags)) for job in graph.jobs.values() if job.users[:1] == ["gram"]}
-    first, second = (trainings[f"train {stage}, seed 1234"].training for stage in ("stage1", "stage2"))
-    assert (first.lr, second.lr, second.label_smoothing) == (2e-5, 1e-5, 0.1)
-    assert all(stage.global_batch_size == 256 and stage.train_epochs == 1 for stage in (first, second))
-    loaded = [config.model.load_hf for config in trainings.values()]
-    assert sorted(loaded, key=str) == [None, variables["model"]], "the first stage alone starts from the model"
+    configs = {job.task: parse(list(job.trainer_flags)) for job in graph.jobs.values() if job.users[:1] == ["gram"]}
+    first, second = (configs[f"train {stage}, seed 1234"] for stage in ("stage1", "stage2"))
+    assert (first.training.lr, second.training.lr, second.training.label_smoothing) == (2e-5, 1e-5, 0.1)
+    assert all(one.training.global_batch_size == 256 and one.training.train_epochs == 1 for one in (first, second))
+    assert (first.model.load_hf, second.model.load_hf) == (variables["model"], None)

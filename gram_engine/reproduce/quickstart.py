@@ -123,7 +123,7 @@ def forget_other_runs(config: QuickstartConfig, jobs: dict[str, Job]) -> None:
         for job in jobs.values():
             job.mark.unlink(missing_ok=True)
         (out / "report.json").unlink(missing_ok=True)
-        record.parent.mkdir(exist_ok=True)
+        record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(identity)
 
 
