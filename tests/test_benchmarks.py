@@ -1,5 +1,6 @@
 """The benchmarks measure the same arithmetic for every contestant, and write what they measured."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -128,11 +129,11 @@ PEERS = peers.Peers(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", short_first(["2"], ["1", "2"]))
-def test_peers_do_the_same_work(stage, capsys):
+@pytest.mark.parametrize("stage, parts, contestants", short_first([("2", False, 2)], [("1", True, 4), ("2", True, 5)]))
+def test_peers_do_the_same_work(stage, parts, contestants, capsys):
     """The first step's loss of every contestant, from the same weights on the same samples."""
-    rows = peers.stage_rows(PEERS, stage)
-    assert len(rows) == {"1": 4, "2": 5}[stage]
+    rows = peers.stage_rows(dataclasses.replace(PEERS, parts=parts), stage)
+    assert len(rows) == contestants
     assert rows[0].name == peers.BASELINE == rows[0].baseline
     for row in rows:
         assert row.figures["first_loss"] == pytest.approx(rows[0].figures["first_loss"], rel=1e-5), row.name
