@@ -126,13 +126,14 @@ def partial_lines(work, draw) -> str:
     """Lines that a killed job left, damaged: those before the damage stay, the job goes on behind them."""
     path, rows = work.file("scores.jsonl"), [{"place": n, "text": "\u00fc" * n} for n in range(12)]
     partial_file = work.file("scores.jsonl.partial")
-    ResumableLines(path, {"of": "this"})
-    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    ResumableLines(path).begin({"of": "this"})
+    content = "".join(json.dumps([n, row], ensure_ascii=False) + "\n" for n, row in enumerate(rows)).encode()
     place = draw.randrange(len(content))
     partial_file.write_bytes(content[:place] + draw.choice((b"\x00", b"\xff", b"}", b"\n", b"[" * 5000)) + content[place + 1 :])
-    lines = ResumableLines(path, {"of": "this"})
-    kept = lines.existing()
-    assert len(kept) == lines.done and kept[: content[:place].count(b"\n")] == rows[: content[:place].count(b"\n")]
+    whole = content[:place].count(b"\n")
+    assert ResumableLines(path).begin({"of": "this"})[:whole] == list(range(whole))
+    kept = [json.loads(line) for line in partial_file.read_text(encoding="utf-8").splitlines()]
+    assert kept[:whole] == [[n, row] for n, row in enumerate(rows[:whole])]
     return "gone on before the damage"
 
 

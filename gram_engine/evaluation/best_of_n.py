@@ -24,9 +24,11 @@ from gram_engine.data.readers import read_items
 from gram_engine.data.schema import Pair
 from gram_engine.errors import ConfigError, DataError, GramError
 from gram_engine.evaluation.document import BLUE, Block, Plot, Table, new_figure, png_of, write_document
-from gram_engine.files import write_atomically
+from gram_engine.files import write_atomically, write_json
+from gram_engine.log import is_main_process, log
 from gram_engine.metrics import resampling_weights
 from gram_engine.scoring.command import ModelArguments, RankArguments, rank_file
+from gram_engine.scoring.processes import Processes
 
 
 @dataclass(kw_only=True)
@@ -64,8 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     except GramError as error:
         fail(error)
     for row in _rows(report):
-        print("  ".join(f"{cell:>16}" for cell in row))
-    print(f"{report['prompts']} prompts; report: {Path(arguments.output_dir) / 'best_of_n.html'}")
+        log("  ".join(f"{cell:>16}" for cell in row))
+    log(f"{report['prompts']} prompts; report: {Path(arguments.output_dir) / 'best_of_n.html'}")
 
 
 def best_of_n(arguments: BestOfNArguments) -> dict[str, Any]:
@@ -92,10 +94,10 @@ def best_of_n(arguments: BestOfNArguments) -> dict[str, Any]:
         "candidates": sum(map(len, proxy)),
         "curve": curve,
     }
-    folder = Path(arguments.output_dir)
-    with write_atomically(folder / "best_of_n.json") as handle:
-        json.dump(report, handle, indent=1)
-    write_document(folder, "best_of_n", f"Best of n: {arguments.model}", _blocks(report))
+    if is_main_process():
+        folder = Path(arguments.output_dir)
+        write_json(folder / "best_of_n.json", report)
+        write_document(folder, "best_of_n", f"Best of n: {arguments.model}", _blocks(report))
     return report
 
 
@@ -193,11 +195,16 @@ def _scores(arguments: BestOfNArguments, lists: Sequence[Candidates]) -> tuple[l
     """Scores of all candidates by proxy and oracle, for each prompt [candidates]."""
     folder = Path(arguments.output_dir)
     oracle = None if Path(arguments.oracle).is_dir() else [_known_oracle(arguments.oracle, one) for one in lists]
-    with write_atomically(folder / "candidates.jsonl") as handle:
-        for one in lists:
-            handle.write(json.dumps({"prompt": one.prompt, "responses": one.responses}, ensure_ascii=False) + "\n")
+    processes = Processes(str(folder))
+    processes.from_first("candidates", lambda: _write_candidates(folder / "candidates.jsonl", lists))
     proxy = _ranked(arguments, arguments.model, folder / "proxy.jsonl")
     return proxy, oracle or _ranked(arguments, arguments.oracle, folder / "oracle.jsonl")
+
+
+def _write_candidates(path: Path, lists: Sequence[Candidates]) -> None:
+    with write_atomically(path) as handle:
+        for one in lists:
+            handle.write(json.dumps({"prompt": one.prompt, "responses": one.responses}, ensure_ascii=False) + "\n")
 
 
 def _known_oracle(oracle: str, one: Candidates) -> np.ndarray:

@@ -18,6 +18,7 @@ from gram_engine.evaluation.pairs import EvalPair, JudgedPairs
 from gram_engine.evaluation.report import report_blocks
 from gram_engine.evaluation.suites import SUITES, read_eval_pairs
 from gram_engine.files import write_atomically
+from gram_engine.log import is_main_process, log
 from gram_engine.metrics import accuracy, expected_calibration_error, pair_metrics, wilson
 from gram_engine.scoring.command import ModelArguments, score_line, verdicts
 from gram_engine.scoring.resumable import fingerprint, write_resumable
@@ -46,10 +47,10 @@ def main(argv: list[str] | None = None) -> None:
     except GramError as error:
         fail(error)
     for name, value in report["figures"].items():
-        print(f"{name:36} {value:.3f}")
+        log(f"{name:36} {value:.3f}")
     low, high = report["all"]["interval_low"], report["all"]["interval_high"]
-    print(f"{'95 % interval of all pairs':36} {low:.3f} to {high:.3f} ({report['all']['pairs']} pairs)")
-    print(f"report: {Path(arguments.output_dir) / 'report.html'}")
+    log(f"{'95 % interval of all pairs':36} {low:.3f} to {high:.3f} ({report['all']['pairs']} pairs)")
+    log(f"report: {Path(arguments.output_dir) / 'report.html'}")
 
 
 def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
@@ -74,11 +75,15 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
         "all": describe(judged),
         "subsets": {subset: describe(own) for subset, own in judged.by(lambda pair: pair.subset).items()},
     }
-    folder = Path(arguments.output_dir)
+    if is_main_process():
+        _write(Path(arguments.output_dir), report, judged)
+    return report
+
+
+def _write(folder: Path, report: dict[str, Any], judged: JudgedPairs) -> None:
     write_document(folder, "report", f"{report['suite']}: {report['model']}", list(report_blocks(report, judged)))
     _write_json(folder / "report.json", report)
     _write_json(folder / "rewardbench.json", _as_rewardbench_writes(report))
-    return report
 
 
 def describe(judged: JudgedPairs) -> dict[str, Any]:
@@ -124,14 +129,15 @@ def _first(pairs: list[EvalPair], limit: Optional[int]) -> list[EvalPair]:
 def _judge(arguments: EvaluateArguments, pairs: Sequence[EvalPair]) -> list[dict[str, Any]]:
     """A line of scores.jsonl for each pair, judged in both orders."""
 
-    def make_lines(rest: Sequence[EvalPair], _first: int) -> Iterator[dict[str, Any]]:
-        scores = arguments.scorer().score_pairs((pair.prompt, pair.a, pair.b) for pair in rest)
-        for pair, score in zip(rest, scores, strict=True):
+    def make_lines(own: Sequence[EvalPair], _numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+        scores = arguments.scorer().score_pairs((pair.prompt, pair.a, pair.b) for pair in own)
+        for pair, score in zip(own, scores, strict=True):
             yield {**score_line(score, pair.source_location, pair.preference), "subset": pair.subset}
 
     settings = {name: getattr(arguments, name) for name in ("suite", "dtype", "limit")}
     depends_on = fingerprint(arguments.files, arguments.model, **settings)
-    return write_resumable(Path(arguments.output_dir) / "scores.jsonl", depends_on, pairs, make_lines, "pairs")
+    output = Path(arguments.output_dir) / "scores.jsonl"
+    return write_resumable(output, depends_on, pairs, make_lines, "pairs", lambda pair: pair.size)
 
 
 def _as_rewardbench_writes(report: dict[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,11 @@ class EvalPair:
         """The same for all pairs of one row; several rows of a JSON array may lie on one line."""
         return self.source_location, self.row_id
 
+    @property
+    def size(self) -> int:
+        """Characters, by which several processes share pairs out."""
+        return len(self.prompt) + len(self.a) + len(self.b)
+
 
 @dataclass(frozen=True)
 class JudgedPairs:

@@ -14,6 +14,7 @@ import torch
 
 from gram_engine.errors import ConfigError
 from gram_engine.platform.cpu import CPU, answer_cuda_calls
+from gram_engine.platform.environment import local_rank
 from gram_engine.platform.stack import adapt_megatron, installed_stack
 
 # Dense bf16 peak of one GPU in TFLOP/s, from NVIDIA's data sheets; the key is part of the device's name.
@@ -64,8 +65,13 @@ class Platform:
 
 
 def default_device() -> torch.device:
-    """The device for a model that runs without megatron-core: a GPU if torch can use one, else the CPU."""
-    return torch.device("cuda") if torch.cuda.is_available() else CPU
+    """The device for a model that runs without megatron-core: a GPU if torch can use one, another for each process of this
+    machine; else the CPU.
+    """
+    if not torch.cuda.is_available():
+        return CPU
+    torch.cuda.set_device(local_rank() % gpu_count())
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def gpu_count() -> int:
@@ -129,7 +135,7 @@ def _has_nvidia_gpu() -> bool:
 
 
 def _start_gpu() -> Platform:
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = local_rank()
     torch.cuda.set_device(local)
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention builds a new plan for every shape, and packs differ
     return Platform(torch.device("cuda", local), "nccl")

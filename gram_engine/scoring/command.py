@@ -17,6 +17,7 @@ from gram_engine.data.readers import read_items, read_rows
 from gram_engine.data.schema import Pair, ResponseList
 from gram_engine.errors import DataError, GramError
 from gram_engine.files import write_atomically
+from gram_engine.log import is_main_process, log
 from gram_engine.metrics import pair_metrics
 from gram_engine.scoring.resumable import fingerprint, write_resumable
 from gram_engine.scoring.scorer import Best, Dtype, Method, PairScore, RewardModelScorer, ScalarPairScore
@@ -47,7 +48,8 @@ class FileArguments(ModelArguments):
     input: tyro.conf.Positional[str]
     """Preference file in any format that training reads; for `gram rank` rows of {prompt, responses}."""
     output: tyro.conf.Positional[str]
-    """JSONL file to write, a line for each row. If the command is interrupted, rerun it to resume."""
+    """JSONL file to write, a line for each row. If the command is interrupted, rerun it to resume. Several processes share the
+    rows: torchrun --nproc-per-node N --no-python gram score ..."""
     prompt_key: Optional[str] = None
     """Field of the prompt, if it has another name than the usual ones."""
 
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         report = score_file(arguments)
     except GramError as error:
         fail(error)
-    print(json.dumps(report, indent=1))
+    log(json.dumps(report, indent=1))
 
 
 def rank_main(argv: list[str] | None = None) -> None:
@@ -92,7 +94,7 @@ def rank_main(argv: list[str] | None = None) -> None:
         count = rank_file(arguments)
     except GramError as error:
         fail(error)
-    print(f"{count} lists ranked: {arguments.output}")
+    log(f"{count} lists ranked: {arguments.output}")
 
 
 def score_file(arguments: ScoreArguments) -> dict[str, float | None]:
@@ -108,11 +110,11 @@ def score_file(arguments: ScoreArguments) -> dict[str, float | None]:
             raise DataError(
                 f"{pair.source_location}: a preformatted row; scoring needs prompt and two responses in fields of their own."
             )
-    lines = _run(arguments, pairs, _score_lines, "pairs")
+    lines = _run(arguments, pairs, _score_lines, "pairs", pair_size)
     figures = pair_metrics(*verdicts(lines))
     report = {name: None if np.isnan(value) else value for name, value in figures.items()}
     report["truncated"] = sum(line["truncated"] for line in lines)
-    if arguments.report:
+    if arguments.report and is_main_process():
         with write_atomically(arguments.report) as handle:
             json.dump(report, handle, indent=1)
     return report
@@ -121,7 +123,8 @@ def score_file(arguments: ScoreArguments) -> dict[str, float | None]:
 def rank_file(arguments: RankArguments) -> int:
     """Rank the lists of a file; returns how many there are. Raises as `score_file`."""
     lists = list(read_items([arguments.input], partial(row_to_list, data=DataConfig(prompt_key=arguments.prompt_key))))
-    return len(_run(arguments, lists, partial(_rank_lines, method=arguments.method, seed=arguments.seed), "lists"))
+    make_lines = partial(_rank_lines, method=arguments.method, seed=arguments.seed)
+    return len(_run(arguments, lists, make_lines, "lists", list_size))
 
 
 def score_line(score: PairScore, source_location: str, preference: float) -> dict[str, Any]:
@@ -138,6 +141,16 @@ def score_line(score: PairScore, source_location: str, preference: float) -> dic
     return {**line, "rewards": score.rewards} if isinstance(score, ScalarPairScore) else line
 
 
+def pair_size(pair: Pair) -> int:
+    """Characters of a pair, by which several processes share pairs out."""
+    return len(pair.prompt) + len(pair.response_a) + len(pair.response_b)
+
+
+def list_size(row: ResponseList) -> int:
+    """Characters of a list, by which several processes share lists out."""
+    return len(row.prompt) + sum(map(len, row.responses))
+
+
 def verdicts(lines: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """(margins [pairs, 2], preference [pairs]) of such lines, as `pair_metrics` takes them."""
     margins = np.array([[line["margin"], line["exchanged_margin"]] for line in lines], dtype=np.float64).reshape(-1, 2)
@@ -147,27 +160,28 @@ def verdicts(lines: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
 def _run(
     arguments: FileArguments,
     items: Sequence[T],
-    make_lines: Callable[[RewardModelScorer, Sequence[T], int], Iterator[dict[str, Any]]],
+    make_lines: Callable[[RewardModelScorer, Sequence[T], Sequence[int]], Iterator[dict[str, Any]]],
     unit: str,
+    size: Callable[[T], int],
 ) -> list[dict[str, Any]]:
     irrelevant = ("input", "output", "model", "batch_tokens", "report")
     settings = {name.name: getattr(arguments, name.name) for name in fields(arguments) if name.name not in irrelevant}
     depends_on = fingerprint([arguments.input], arguments.model, **settings)
     return write_resumable(
-        arguments.output, depends_on, items, lambda rest, first: make_lines(arguments.scorer(), rest, first), unit
+        arguments.output, depends_on, items, lambda own, numbers: make_lines(arguments.scorer(), own, numbers), unit, size
     )
 
 
-def _score_lines(scorer: RewardModelScorer, pairs: Sequence[Pair], _first: int) -> Iterator[dict[str, Any]]:
+def _score_lines(scorer: RewardModelScorer, pairs: Sequence[Pair], _numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
     scores = scorer.score_pairs((pair.prompt, pair.response_a, pair.response_b) for pair in pairs)
     for pair, score in zip(pairs, scores, strict=True):
         yield score_line(score, pair.source_location, pair.preference)
 
 
 def _rank_lines(
-    scorer: RewardModelScorer, lists: Sequence[ResponseList], first: int, method: Method, seed: int
+    scorer: RewardModelScorer, lists: Sequence[ResponseList], numbers: Sequence[int], method: Method, seed: int
 ) -> Iterator[dict[str, Any]]:
-    for number, row in enumerate(lists, first):
+    for number, row in zip(numbers, lists, strict=True):
         if method == "reference":
             ranking = scorer.rank(row.prompt, row.responses, row.reference, seed + number)
             best = Best(ranking.order[0], ranking.comparisons)
