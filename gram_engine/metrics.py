@@ -1,8 +1,8 @@
 """Every figure about pairwise verdicts, as pure functions of numpy arrays.
 
-Validation during training, `gram score`, `gram evaluate` and `gram reproduce` all count with these functions. A pair has a
-first and a second response, and the judge's margins Z_A - Z_B in both orders: with the first response shown as A, and with
-it shown as B.
+Validation during training, `gram score`, `gram evaluate`, `gram compare` and `gram reproduce` all count with these functions.
+A pair has a first and a second response, and the judge's margins Z_A - Z_B in both orders: with the first response shown as
+A, and with it shown as B.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 TieRule = Literal["half", "wrong"]
 """What a verdict counts that prefers neither response (an even reward): "half" a correct verdict, or as a "wrong" one."""
 CALIBRATION_BINS = 10
-BOOTSTRAP_SAMPLES = 2000
+LENGTH_BINS = 6
+BOOTSTRAP_SAMPLES, SAMPLES_AT_ONCE = 2000, 100
 
 
 def sigmoid(values: np.ndarray) -> np.ndarray:
@@ -110,9 +111,86 @@ def wilson(successes: float, count: int, z: float = 1.959963984540054) -> tuple[
     return centre - half, centre + half
 
 
-def resampling_weights(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Bootstrap samples of `count` things as weights: [BOOTSTRAP_SAMPLES, count], the share of a sample that is each thing."""
-    return rng.multinomial(count, np.full(count, 1.0 / count), size=BOOTSTRAP_SAMPLES) / count
+def accuracy_interval(correct: np.ndarray, rows: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean of `correct`: Wilson's, of the effective number of pairs; (nan, nan) of nothing.
+
+    Pairs of one row are not independent. The variance of the mean by rows over that of independent pairs is the design effect
+    (Kish 1965), and n pairs are worth n / effect independent ones (Korn and Graubard 1998). Where each row gives one pair, this
+    is Wilson's interval itself.
+
+    Args:
+        correct: [pairs] their `correctness`.
+        rows: [pairs] which row each pair comes from.
+    """
+    count = effective_count(correct, rows)
+    return wilson(mean(correct) * count, count)
+
+
+def effective_count(correct: np.ndarray, rows: np.ndarray) -> float:
+    """How many independent pairs tell as much as these, at most their number; arguments as `accuracy_interval`."""
+    row = np.unique(rows, return_inverse=True)[1]
+    pairs, count = len(correct), int(row.max(initial=-1)) + 1
+    variance = mean(correct) * (1.0 - mean(correct)) / max(pairs, 1)
+    if count in (1, pairs) or not variance > 0:
+        return float(count)
+    residuals = np.bincount(row, correct - mean(correct))
+    by_rows = count / (count - 1) * (residuals**2).sum() / pairs**2
+    return pairs / max(1.0, by_rows / variance)
+
+
+def resampling_weights(count: int, rng: np.random.Generator, samples: int = BOOTSTRAP_SAMPLES) -> np.ndarray:
+    """Bootstrap samples of `count` things as weights: [samples, count], the share of a sample that is each thing."""
+    return rng.multinomial(count, np.full(count, 1.0 / count), size=samples) / count
+
+
+def resampled_means(values: np.ndarray, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Means of lines of values over bootstrap samples of rows: [BOOTSTRAP_SAMPLES, lines].
+
+    All lines share the samples, so that the difference of two columns is the paired bootstrap of their difference. A row is
+    drawn with all its pairs, because these are not independent.
+
+    Args:
+        values: [lines, pairs]; nan leaves the pair out of the line's mean. A sample without any value has the mean nan.
+        rows: [pairs] which row each pair comes from.
+    """
+    row = np.unique(rows, return_inverse=True)[1]
+    known = ~np.isnan(values)
+    totals = np.array([np.bincount(row, line) for line in np.where(known, values, 0.0)]).T
+    counts = np.array([np.bincount(row, line) for line in known]).T
+    means = []
+    with np.errstate(invalid="ignore"):
+        for _ in range(0, BOOTSTRAP_SAMPLES, SAMPLES_AT_ONCE):
+            weights = resampling_weights(len(totals), rng, SAMPLES_AT_ONCE)
+            means.append((weights @ totals) / (weights @ counts))
+    return np.concatenate(means)
+
+
+def percentile_interval(samples: np.ndarray) -> tuple[float, float]:
+    """95 % interval of bootstrap samples [samples]; those that are nan are left out, (nan, nan) if all are."""
+    samples = samples[~np.isnan(samples)]
+    low, high = np.quantile(samples, [0.025, 0.975]) if len(samples) else (math.nan, math.nan)
+    return float(low), float(high)
+
+
+def accuracy_by_length(longer: np.ndarray, correct: np.ndarray) -> list[tuple[float, float, int]]:
+    """(median length difference, accuracy, pairs) of LENGTH_BINS bins with equally many pairs; fewer bins of fewer pairs.
+
+    Args:
+        longer: [pairs] how much longer the better response is; negative where it is the shorter one.
+        correct: [pairs] their `correctness`.
+    """
+    bins = np.array_split(np.argsort(longer, kind="stable"), min(LENGTH_BINS, len(longer))) if len(longer) else []
+    return [(float(np.median(longer[own])), float(correct[own].mean()), len(own)) for own in bins]
+
+
+def length_strata(longer: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """[2, pairs] `correct` where the better response is longer, and where it is shorter; nan elsewhere.
+
+    The mean of the two lines' means is the length-controlled accuracy: that on pairs whose better response is as often the
+    longer as the shorter one, so that always taking the longer has 1/2. Length-Controlled AlpacaEval (Dubois et al. 2024,
+    arXiv:2404.04475) removes the influence of length by a regression instead. Arguments as `accuracy_by_length`.
+    """
+    return np.array([np.where(longer > 0, correct, np.nan), np.where(longer < 0, correct, np.nan)])
 
 
 def reliability(rewards: np.ndarray, correct: np.ndarray) -> list[tuple[float, float, int]]:

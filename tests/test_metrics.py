@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from gram_engine.evaluation.evaluate import EvaluateArguments, evaluate
-from gram_engine.metrics import by_pair, pair_metrics, reward_of_first
+from gram_engine.metrics import (
+    accuracy_by_length,
+    accuracy_interval,
+    by_pair,
+    length_strata,
+    pair_metrics,
+    percentile_interval,
+    resampled_means,
+    reward_of_first,
+    wilson,
+)
 from gram_engine.scoring.command import ScoreArguments, score_file
 from gram_engine.scoring.scorer import PairScore, RewardModelScorer
 
@@ -103,3 +113,72 @@ def test_score_and_evaluate_agree_on_ties_and_even_rewards(margins, accuracy, mo
     for name in ("pairs", "ties", "swap_consistency", "prefers_a"):
         assert scored[name] == report["all"][name], name
     assert scored["ties"] == 1 and "counts as half" in (tmp_path / "out/report.md").read_text()
+
+
+def test_accuracy_interval_counts_rows_where_their_pairs_agree():
+    rng = np.random.default_rng(0)
+    correct = (rng.random(200) < 0.7).astype(float)
+    assert accuracy_interval(correct, np.arange(200)) == wilson(correct.sum(), 200)
+    tripled = accuracy_interval(np.repeat(correct, 3), np.repeat(np.arange(200), 3))
+    assert tripled == pytest.approx(wilson(correct.sum(), 200), abs=3e-4), "copies add nothing"
+    independent = (rng.random(600) < 0.7).astype(float)
+    by_rows = accuracy_interval(independent, np.repeat(np.arange(200), 3))
+    assert by_rows == pytest.approx(wilson(independent.sum(), 600), abs=8e-3)
+    assert accuracy_interval(np.ones(60), np.repeat(np.arange(20), 3)) == pytest.approx(wilson(20, 20))
+    assert accuracy_interval(np.array([1.0, 0.0]), np.zeros(2)) == pytest.approx(wilson(0.5, 1)), "a single row"
+    assert np.isnan(accuracy_interval(np.empty(0), np.empty(0))).all()
+
+
+def clustered(rng, count):
+    """Verdicts of two models on rows of one to five pairs, whose difficulty both share: ([2, pairs], rows)."""
+    rows = np.repeat(np.arange(count), rng.integers(1, 6, size=count))
+    hardness = rng.normal(scale=2.0, size=count)[rows]
+    ease = np.array([[0.8], [0.4]]) - hardness + rng.normal(scale=0.3, size=(2, len(rows)))
+    return (ease > 0).astype(float), rows
+
+
+def test_resampled_means_against_naive_resampling():
+    rng = np.random.default_rng(3)
+    values, rows = clustered(rng, 60)
+    values[1, rng.random(len(rows)) < 0.4] = np.nan
+    members = [np.flatnonzero(rows == row) for row in range(60)]
+    drawn = []
+    for _ in range(4000):
+        chosen = np.concatenate([members[row] for row in rng.integers(60, size=60)])
+        drawn.append(np.nanmean(values[:, chosen], axis=1))
+    found = resampled_means(values, rows, np.random.default_rng(0))
+    assert found.shape == (2000, 2)
+    np.testing.assert_allclose(found.mean(axis=0), np.mean(drawn, axis=0), atol=0.005)
+    for line in range(2):
+        wanted = np.quantile([one[line] for one in drawn], [0.025, 0.975])
+        np.testing.assert_allclose(percentile_interval(found[:, line]), wanted, atol=0.015)
+    covariance = [np.cov(np.transpose(one))[0, 1] for one in (drawn, found)]
+    assert covariance[1] == pytest.approx(covariance[0], rel=0.15) and covariance[0] > 0, "the lines share the samples"
+
+
+def test_paired_intervals_of_rows_cover_the_true_difference():
+    rng = np.random.default_rng(4)
+    true = np.diff([own.mean() for own in clustered(rng, 200_000)[0]])[0]
+    covered = {"rows": 0, "pairs": 0}
+    for _ in range(120):
+        values, rows = clustered(rng, 40)
+        for kind, unit in (("rows", rows), ("pairs", np.arange(len(rows)))):
+            samples = resampled_means(values, unit, rng)
+            low, high = percentile_interval(samples[:, 1] - samples[:, 0])
+            covered[kind] += low <= true <= high
+    assert 0.9 <= covered["rows"] / 120 <= 0.99, covered
+    assert covered["pairs"] < covered["rows"] - 6, (covered, "pairs of one row are not independent")
+
+
+def test_length_figures_by_hand():
+    longer = np.array([-300.0, -20.0, 0.0, 10.0, 40.0, 500.0])
+    correct = np.array([0.0, 1.0, 0.5, 1.0, 1.0, 0.0])
+    assert accuracy_by_length(longer, correct) == [(one, right, 1) for one, right in zip(longer, correct)]
+    twice = accuracy_by_length(np.repeat(longer, 2), np.tile([1.0, 0.0], 6))
+    assert twice == [(one, 0.5, 2) for one in longer] and accuracy_by_length(np.empty(0), np.empty(0)) == []
+    np.testing.assert_array_equal(length_strata(longer, correct), [
+        [np.nan, np.nan, np.nan, 1.0, 1.0, 0.0],
+        [0.0, 1.0, np.nan, np.nan, np.nan, np.nan],
+    ])  # fmt: skip
+    empty = resampled_means(np.full((1, 4), np.nan), np.arange(4), np.random.default_rng(0))
+    assert np.isnan(empty).all() and np.isnan(percentile_interval(empty[:, 0])).all()

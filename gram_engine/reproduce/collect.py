@@ -10,7 +10,15 @@ from typing import Iterator, Mapping, Optional, Sequence
 import numpy as np
 
 from gram_engine.evaluation.suites import read_eval_pairs
-from gram_engine.metrics import accuracy, correctness, pair_metrics, resampling_weights, reward_of_first
+from gram_engine.metrics import (
+    accuracy,
+    correctness,
+    pair_metrics,
+    percentile_interval,
+    resampled_means,
+    resampling_weights,
+    reward_of_first,
+)
 from gram_engine.reproduce.jobs import JobGraph
 from gram_engine.scoring.command import verdicts
 
@@ -95,11 +103,10 @@ def bootstrap(matrices: Sequence[np.ndarray]) -> Estimate:
     by_seed = resampling_weights(len(matrices[0]), rng)
     means = np.zeros(len(by_seed))
     for matrix in matrices:
-        by_pair = resampling_weights(matrix.shape[1], rng)
-        means += np.einsum("rs,rs->r", by_seed, by_pair @ matrix.T) / len(matrices)
-    low, high = np.quantile(means, [0.025, 0.975])
+        over_pairs = resampled_means(matrix, np.arange(matrix.shape[1]), rng)
+        means += np.einsum("rs,rs->r", by_seed, over_pairs) / len(matrices)
     mean = np.mean([matrix.mean() for matrix in matrices])
-    return Estimate(float(mean), float(low), float(high), seeds=len(matrices[0]))
+    return Estimate(float(mean), *percentile_interval(means), seeds=len(matrices[0]))
 
 
 def collect(graph: JobGraph) -> Results:
