@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 from contextlib import contextmanager, suppress
@@ -84,10 +85,18 @@ def read_json(path: str | Path, error: type[GramError], remedy: str) -> dict[str
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write `content` as JSON, atomically."""
+    """Write `content` as JSON, atomically; nan, which JSON does not have, becomes null."""
     with write_atomically(path) as handle:
-        json.dump(content, handle, indent=1)
+        json.dump(_without_nan(content), handle, indent=1)
         handle.write("\n")
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _without_nan(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and math.isnan(content) else content
 
 
 def read_yaml(path: str | Path) -> Any:

@@ -198,7 +198,7 @@ def test_unknown_suite_lists_the_known(tmp_path):
 def test_report_of_a_run(folder, scorer, tmp_path, capsys):
     evil = "<script>alert(1)</script>"
     rows = [{"prompt": prompt + evil, "chosen": a, "rejected": b} for prompt, a, b in PAIRS]
-    rows = [{**row, "subset": f"s{number % 2}"} for number, row in enumerate(rows)]
+    rows = [{**row, "subset": f"s{number % 2}$\\frac$"} for number, row in enumerate(rows)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = tmp_path / "out"
     evaluate.main([str(tmp_path / "in.jsonl"), "--model", str(folder), "--output-dir", str(output), "--limit", "6"])
@@ -206,11 +206,11 @@ def test_report_of_a_run(folder, scorer, tmp_path, capsys):
     report = json.loads((output / "report.json").read_text())
     wanted = [score.reward_a for score in scorer.score_pairs([(p + evil, a, b) for p, a, b in PAIRS[:6]])]
     assert report["all"]["accuracy"] == pytest.approx(np.mean(np.array(wanted) > 0.5)) and report["pairs_judged"] == 6
-    assert report["figures"]["accuracy"] == report["all"]["accuracy"] and set(report["subsets"]) == {"s0", "s1"}
+    assert report["figures"]["accuracy"] == report["all"]["accuracy"] and set(report["subsets"]) == {"s0$\\frac$", "s1$\\frac$"}
     lines = [json.loads(line) for line in (output / "scores.jsonl").read_text().splitlines()]
     np.testing.assert_allclose([line["reward_a"] for line in lines], wanted, atol=1e-5)
     grouped = json.loads((output / "rewardbench.json").read_text())
-    assert grouped["s0"] == report["subsets"]["s0"]["accuracy"] and grouped["model_type"] == "Custom Classifier"
+    assert grouped["s0$\\frac$"] == report["subsets"]["s0$\\frac$"]["accuracy"] and grouped["model_type"] == "Custom Classifier"
     page = (output / "report.html").read_text()
     assert not re.search(r"(src|href)=['\"](?!data:)", page), "the page needs nothing from elsewhere"
     assert evil not in page and "Only the first 6 of 7 pairs" in page

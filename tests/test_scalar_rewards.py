@@ -176,6 +176,7 @@ def test_from_rows_to_scores(pool, tiny_data, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx((difference > 0).mean()) == metrics["accuracy"]
     report = evaluate(EvaluateArguments(files=(jsonl,), model=str(folder), output_dir=str(tmp_path / "report")))
     assert report["figures"]["accuracy"] == pytest.approx(metrics["accuracy"])
+    assert report["kind"] == "scalar" and report["tokens"] == sum(map(len, tokenizer(texts).input_ids))
 
     responses = [row["chosen"] for row in rows[:5]]
     (tmp_path / "lists.jsonl").write_text(json.dumps({"prompt": "which one", "responses": responses}))

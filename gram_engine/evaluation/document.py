@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import base64
+import math
 from dataclasses import dataclass
 from html import escape
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
 from textwrap import indent
-from typing import Mapping, Sequence
+from typing import Mapping, Optional, Sequence
 
 from gram_engine.files import write_atomically
 
 BLUE, GREY, ORANGE = "#2f6fb5", "#8a8f98", "#c9702c"
+COLOURS = (BLUE, ORANGE, "#3f8f5b", "#8457a8", "#b8434e", "#5f6b7a")
+"""Of the lines of one plot, in this order."""
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -23,10 +26,10 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 .tiles li { background: var(--soft); border-radius: .5rem; padding: .6rem 1rem; min-width: 7rem; }
 .tiles b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: bottom; }
+th, td { padding: .25rem .55rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: bottom; }
 td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1rem; margin-top: 1rem; }
 .plots figure { margin: 0; } .plots img { width: 100%; background: #fff; border-radius: .5rem; }
 details { border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .9rem; margin: .5rem 0; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .6rem; border-radius: .4rem; }
@@ -41,6 +44,19 @@ def new_figure(width: float = 5.0, height: float = 3.6):
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def literal(label: str) -> str:
+    """A label for a figure, shown as it is: matplotlib takes text between dollar signs for a formula, and may fail on it."""
+    return label.replace("$", r"\$")
+
+
+def estimate_text(estimate: Optional[Mapping[str, float]], form: str = ".1f") -> str:
+    """An estimate (mean, low, high) in percent with its interval; with form "+.1f" a difference, in points."""
+    if estimate is None or math.isnan(estimate["mean"]):
+        return "–"
+    mean, low, high = (f"{100 * estimate[name]:{form}}" for name in ("mean", "low", "high"))
+    return f"{mean} ({low}{' to ' if '+' in form else '–'}{high})"
 
 
 def png_of(figure) -> bytes:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator, Optional, Sequence
 
-import numpy as np
 import tyro
 
 from gram_engine.config.parse import fail
@@ -16,11 +14,12 @@ from gram_engine.errors import ConfigError, GramError
 from gram_engine.evaluation.document import write_document
 from gram_engine.evaluation.pairs import EvalPair, JudgedPairs
 from gram_engine.evaluation.report import report_blocks
+from gram_engine.evaluation.saved import FORMAT, REPORT, SCORES, line_of, pair_ids
 from gram_engine.evaluation.suites import SUITES, read_eval_pairs
-from gram_engine.files import write_atomically
+from gram_engine.files import write_json
 from gram_engine.log import is_main_process, log
-from gram_engine.metrics import accuracy, expected_calibration_error, pair_metrics, wilson
-from gram_engine.scoring.command import ModelArguments, score_line, verdicts
+from gram_engine.metrics import accuracy, expected_calibration_error, pair_metrics
+from gram_engine.scoring.command import ModelArguments, verdicts
 from gram_engine.scoring.resumable import fingerprint, write_resumable
 
 
@@ -61,15 +60,20 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     """
     name, pairs = read_eval_pairs(arguments.files, arguments.suite)
     suite, total, pairs = SUITES[name], len(pairs), _first(pairs, arguments.limit)
-    lines = _judge(arguments, pairs)
+    lines, timing = _judge(arguments, pairs)
     judged = JudgedPairs(pairs, verdicts(lines)[0], suite.ties)
+    tokens = [line["tokens"] for line in lines]
     report = {
+        "format": FORMAT,
         "suite": suite.title,
         "model": arguments.model,
+        "kind": "scalar" if "rewards" in lines[0] else "pairwise",
         "files": list(arguments.files),
         "pairs_in_files": total,
         "pairs_judged": len(pairs),
         "truncated": sum(line["truncated"] for line in lines),
+        "tokens": None if None in tokens else sum(tokens),
+        **timing,
         "even_rewards_count": suite.ties,
         "figures": suite.figures(judged),
         "all": describe(judged),
@@ -82,8 +86,8 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
 
 def _write(folder: Path, report: dict[str, Any], judged: JudgedPairs) -> None:
     write_document(folder, "report", f"{report['suite']}: {report['model']}", list(report_blocks(report, judged)))
-    _write_json(folder / "report.json", report)
-    _write_json(folder / "rewardbench.json", _as_rewardbench_writes(report))
+    write_json(folder / REPORT, report)
+    write_json(folder / "rewardbench.json", _as_rewardbench_writes(report))
 
 
 def describe(judged: JudgedPairs) -> dict[str, Any]:
@@ -94,24 +98,22 @@ def describe(judged: JudgedPairs) -> dict[str, Any]:
         (number of rewards of exactly 1/2); accuracy_a_first, accuracy_b_first (of each order alone); longer_wins (accuracy of
         always taking the longer response; equal lengths count half); ece (expected calibration error).  nan of nothing.
     """
-    labelled = judged.preference != 0.5
     figures = pair_metrics(judged.margins, judged.preference, judged.ties)
-    low, high = wilson(float(judged.correctness.sum()), len(judged.correctness))
+    low, high = judged.interval()
     a_first, b_first = judged.margins.T
-    longer = np.array([len(pair.a) - len(pair.b) for pair in judged.pairs])
     return {
         "pairs": figures["pairs"],
         "ties": figures["ties"],
         "accuracy": figures["accuracy"],
         "interval_low": low,
         "interval_high": high,
-        "even_rewards": int((judged.rewards == 0.5)[labelled].sum()),
+        "even_rewards": int((judged.rewards == 0.5)[judged.has_winner].sum()),
         "accuracy_a_first": accuracy(a_first, judged.preference, judged.ties),
         "accuracy_b_first": accuracy(-b_first, judged.preference, judged.ties),
         "swap_consistency": figures["swap_consistency"],
         "prefers_a": figures["prefers_a"],
-        "longer_wins": accuracy(longer, judged.preference),
-        "ece": expected_calibration_error(judged.rewards[labelled], judged.correctness),
+        "longer_wins": accuracy(judged.length_differences, judged.preference),
+        "ece": expected_calibration_error(judged.rewards[judged.has_winner], judged.correctness),
     }
 
 
@@ -126,18 +128,25 @@ def _first(pairs: list[EvalPair], limit: Optional[int]) -> list[EvalPair]:
     return pairs[:limit]
 
 
-def _judge(arguments: EvaluateArguments, pairs: Sequence[EvalPair]) -> list[dict[str, Any]]:
-    """A line of scores.jsonl for each pair, judged in both orders."""
+def _judge(arguments: EvaluateArguments, pairs: Sequence[EvalPair]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """A line of scores.jsonl for each pair, judged in both orders; and the seconds that judging `pairs_timed` of them took.
 
-    def make_lines(own: Sequence[EvalPair], _numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-        scores = arguments.scorer().score_pairs((pair.prompt, pair.a, pair.b) for pair in own)
-        for pair, score in zip(own, scores, strict=True):
-            yield {**score_line(score, pair.source_location, pair.preference), "subset": pair.subset}
+    These are the pairs that this process judged now: without those of an interrupted command and those of other processes.
+    """
+    ids, timing = list(pair_ids(pairs)), {"seconds": 0.0, "pairs_timed": 0}
+
+    def make_lines(own: Sequence[EvalPair], numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+        scorer = arguments.scorer()
+        start = time.perf_counter()
+        scores = scorer.score_pairs((pair.prompt, pair.a, pair.b) for pair in own)
+        for pair, number, score in zip(own, numbers, scores, strict=True):
+            yield line_of(pair, ids[number], score)
+        timing.update(seconds=round(time.perf_counter() - start, 3), pairs_timed=len(own))
 
     settings = {name: getattr(arguments, name) for name in ("suite", "dtype", "limit")}
-    depends_on = fingerprint(arguments.files, arguments.model, **settings)
-    output = Path(arguments.output_dir) / "scores.jsonl"
-    return write_resumable(output, depends_on, pairs, make_lines, "pairs", lambda pair: pair.size)
+    depends_on = fingerprint(arguments.files, arguments.model, evaluation_format=FORMAT, **settings)
+    output = Path(arguments.output_dir) / SCORES
+    return write_resumable(output, depends_on, pairs, make_lines, "pairs", lambda pair: pair.size), timing
 
 
 def _as_rewardbench_writes(report: dict[str, Any]) -> dict[str, Any]:
@@ -145,15 +154,3 @@ def _as_rewardbench_writes(report: dict[str, Any]) -> dict[str, Any]:
     own = report["figures"]
     accuracies = {subset: own.get(subset, figures["accuracy"]) for subset, figures in report["subsets"].items()}
     return {**accuracies, "model": report["model"], "model_type": "Custom Classifier", "chat_template": "gram_engine"}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with write_atomically(path) as handle:
-        json.dump(_without_nan(content), handle, indent=1)
-
-
-def _without_nan(content: Any) -> Any:
-    """The content with null for nan, which JSON does not have."""
-    if isinstance(content, dict):
-        return {name: _without_nan(value) for name, value in content.items()}
-    return None if isinstance(content, float) and math.isnan(content) else content

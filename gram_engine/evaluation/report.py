@@ -21,8 +21,9 @@ from gram_engine.evaluation.document import (
     png_of,
 )
 from gram_engine.evaluation.pairs import JudgedPairs
+from gram_engine.evaluation.plots import interval_rows, plot_by_length, plot_reliability
 from gram_engine.evaluation.suites import STYLES, style_matrix
-from gram_engine.metrics import reliability
+from gram_engine.metrics import accuracy_by_length, reliability
 
 MISTAKES, SHOWN_CHARACTERS = 10, 600
 COLUMNS = {
@@ -48,7 +49,7 @@ def report_blocks(report: dict[str, Any], judged: JudgedPairs) -> Iterator[Block
     """
     if report["pairs_judged"] < report["pairs_in_files"]:
         yield f"Only the first {report['pairs_judged']:,} of {report['pairs_in_files']:,} pairs were judged."
-    yield f"{report['pairs_judged']:,} pairs, each in both orders; {report['truncated']:,} shortened to fit."
+    yield f"{report['pairs_judged']:,} pairs, each in both orders; {report['truncated']:,} shortened to fit. {_cost(report)}"
     if report["suite"] == "RewardBench 2":
         yield "A response's score is its mean reward against the others: not comparable with the leaderboard's scores."
     yield KeyFigures({name: _number(value) for name, value in report["figures"].items()})
@@ -65,6 +66,11 @@ def report_blocks(report: dict[str, Any], judged: JudgedPairs) -> Iterator[Block
     yield Heading("The most confident mistakes")
     yield from list(_mistakes(judged)) or ["None."]
     yield f"Files: {', '.join(report['files'])}"
+
+
+def _cost(report: dict[str, Any]) -> str:
+    tokens = "" if report["tokens"] is None else f"{report['tokens']:,} tokens read; "
+    return f"{tokens}judging {report['pairs_timed']:,} pairs took {report['seconds']:,.1f} s."
 
 
 def _number(value: float) -> str:
@@ -88,36 +94,26 @@ def _shortened(text: str) -> str:
 
 
 def _plots(report: dict[str, Any], judged: JudgedPairs) -> Iterator[Plot]:
-    labelled = judged.select(np.flatnonzero(judged.preference != 0.5))
+    labelled = judged.select(np.flatnonzero(judged.has_winner))
+    confidence = reliability(labelled.rewards, labelled.correctness)
+    by_length = accuracy_by_length(labelled.better_is_longer_by, labelled.correctness)
     yield Plot("subsets", "Accuracy by subset with 95 % interval; orange: longer wins", _plot_subsets(report["subsets"]))
-    yield Plot("reliability", "Reliability: accuracy by confidence", _plot_reliability(labelled))
+    yield Plot("reliability", "Reliability: accuracy by confidence", plot_reliability({"": confidence}))
     yield Plot("margins", "Margin towards the better response, both orders", _plot_margins(labelled))
-    yield Plot("length", "Accuracy by how much longer the better response is", _plot_length(labelled))
+    yield Plot("length", "Accuracy by how much longer the better response is", plot_by_length({"": by_length}))
     if report["suite"] == "RM-Bench":
         yield Plot("styles", "Accuracy by style of chosen (row) and rejected (column)", _plot_styles(judged))
 
 
 def _plot_subsets(subsets: dict[str, dict[str, Any]]) -> bytes:
-    names = list(subsets)
-    figure, axes = new_figure(5.0, max(2.0, 0.3 * len(names) + 1.0))
-    for row, name in enumerate(names):
-        figures = subsets[name]
-        axes.plot([figures["interval_low"], figures["interval_high"]], [row, row], color=BLUE, linewidth=2)
-        axes.plot(figures["accuracy"], row, "o", color=BLUE)
-        axes.plot(figures["longer_wins"], row, "|", color=ORANGE, markersize=11, markeredgewidth=2)
-    axes.axvline(0.5, color=GREY, linewidth=0.8, linestyle="--")
-    axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1), ylim=(len(names) - 0.5, -0.5), xlabel="accuracy")
-    return png_of(figure)
-
-
-def _plot_reliability(labelled: JudgedPairs) -> bytes:
-    figure, axes = new_figure()
-    bins = reliability(labelled.rewards, labelled.correctness)
-    axes.plot([0.5, 1], [0.5, 1], color=GREY, linewidth=0.8, linestyle="--")
-    axes.plot([confidence for confidence, _, _ in bins], [accuracy for _, accuracy, _ in bins], "-", color=BLUE, linewidth=1)
-    sizes = [10 + 150 * count / len(labelled.pairs) for _, _, count in bins]
-    axes.scatter([point[0] for point in bins], [point[1] for point in bins], sizes, color=BLUE)
-    axes.set(xlim=(0.48, 1.02), ylim=(-0.02, 1.02), xlabel="confidence", ylabel="accuracy")
+    estimates = [
+        (name, {"mean": own["accuracy"], "low": own["interval_low"], "high": own["interval_high"]})
+        for name, own in subsets.items()
+    ]
+    figure, axes = interval_rows(estimates)
+    for row, own in enumerate(subsets.values()):
+        axes.plot(own["longer_wins"], row, "|", color=ORANGE, markersize=11, markeredgewidth=2)
+    axes.set_xlim(0, 1)
     return png_of(figure)
 
 
@@ -127,19 +123,6 @@ def _plot_margins(labelled: JudgedPairs) -> bytes:
     axes.hist(towards_winner.reshape(-1), bins=40, color=BLUE)
     axes.axvline(0, color=GREY, linewidth=0.8, linestyle="--")
     axes.set(xlabel="Z_A - Z_B towards the better response", ylabel="verdicts")
-    return png_of(figure)
-
-
-def _plot_length(labelled: JudgedPairs) -> bytes:
-    figure, axes = new_figure()
-    longer = np.array([len(pair.a) - len(pair.b) for pair in labelled.pairs]) * np.sign(labelled.preference - 0.5)
-    if len(longer):
-        bins = np.array_split(np.argsort(longer, kind="stable"), min(6, len(longer)))
-        shares = [labelled.correctness[own].mean() for own in bins]
-        axes.plot([np.median(longer[own]) for own in bins], shares, "o-", color=BLUE)
-    axes.axhline(0.5, color=GREY, linewidth=0.8, linestyle="--")
-    axes.set(ylim=(-0.02, 1.02), xlabel="characters by which the better response is longer", ylabel="accuracy")
-    axes.set_xscale("symlog", linthresh=100)
     return png_of(figure)
 
 

@@ -8,8 +8,8 @@ its leaderboard scores each response alone.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from itertools import combinations, product
+from dataclasses import dataclass, replace
+from itertools import combinations, count, product
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -32,7 +32,7 @@ class Suite:
     convert: Callable[..., list[EvalPair]]
     """(row, "file:line") -> the pairs of a row."""
     figures: Callable[[JudgedPairs], dict[str, float]]
-    """The suite's own figures by name, each in [0, 1]."""
+    """The suite's own figures by name, the main one first, each in [0, 1]."""
     ties: TieRule = "half"
     """How the suite counts an even reward; the published scripts count it as wrong."""
 
@@ -51,7 +51,13 @@ def read_eval_pairs(paths: Sequence[str], suite: str) -> tuple[str, list[EvalPai
         suite = detect(first)
     if suite not in SUITES:
         raise ConfigError(f"--suite {suite}: unknown. Choose among auto, {', '.join(SUITES)}.")
-    return suite, list(read_items(paths, SUITES[suite].convert))
+    numbers = count()
+
+    def convert(row: Any, source_location: str) -> list[EvalPair]:
+        number = next(numbers)
+        return [replace(pair, row=number) for pair in SUITES[suite].convert(row, source_location)]
+
+    return suite, list(read_items(paths, convert))
 
 
 def detect(row: Any) -> str:
@@ -77,7 +83,8 @@ def _pairs(row: Any, source_location: str) -> list[EvalPair]:
         if not isinstance(pair, Pair) or np.isnan(pair.preference):
             raise BadRow("no preference. Evaluation needs prompt, two responses and which of them is better.")
         subset = _name(row, "subset", _file_name(source_location))
-        pairs.append(EvalPair(pair.prompt, pair.response_a, pair.response_b, pair.preference, subset, source_location))
+        texts = pair.prompt, pair.response_a, pair.response_b
+        pairs.append(EvalPair(*texts, source_location, preference=pair.preference, subset=subset))
     return pairs
 
 
@@ -116,7 +123,7 @@ def _reward_bench(row: Any, source_location: str) -> list[EvalPair]:
     subset = _field(row, "subset", str)
     if subset not in SECTION_OF:
         raise BadRow(f"subset {subset!r} is not one of RewardBench's. Use --suite pairs.")
-    return [EvalPair(*_texts(row, "prompt", "chosen", "rejected"), 1.0, subset, source_location)]
+    return [EvalPair(*_texts(row, "prompt", "chosen", "rejected"), source_location, preference=1.0, subset=subset)]
 
 
 def _reward_bench_figures(judged: JudgedPairs) -> dict[str, float]:
@@ -147,9 +154,17 @@ def _reward_bench_2(row: Any, source_location: str) -> list[EvalPair]:
     row_id = _name(row, "id", source_location)
     if subset.lower() == "ties" and not re.fullmatch(r"(ref|tied):\S+", row_id):
         raise BadRow(f"id {row_id!r} of a row of Ties is neither 'ref:NUMBER' nor 'tied:NUMBER'.")
-    count = len(correct)
+    of_row = {"subset": subset, "num_correct": len(correct), "row_id": row_id}
     return [
-        EvalPair(prompt, texts[i], texts[j], 1.0 if i < count <= j else 0.5, subset, source_location, (i, j), count, row_id)
+        EvalPair(
+            prompt,
+            texts[i],
+            texts[j],
+            source_location,
+            preference=1.0 if i < len(correct) <= j else 0.5,
+            numbers=(i, j),
+            **of_row,
+        )
         for i, j in combinations(range(len(texts)), 2)
     ]
 
@@ -173,12 +188,12 @@ def _reward_bench_2_figures(judged: JudgedPairs) -> dict[str, float]:
 
 def mean_rewards(row: JudgedPairs) -> np.ndarray:
     """[responses] mean reward of each response of one row against each other, from all pairs of the row."""
-    count = max(pair.numbers[1] for pair in row.pairs) + 1
-    totals = np.zeros(count)
+    responses = max(pair.numbers[1] for pair in row.pairs) + 1
+    totals = np.zeros(responses)
     for pair, reward in zip(row.pairs, row.rewards, strict=True):
         totals[pair.numbers[0]] += reward
         totals[pair.numbers[1]] += 1.0 - reward
-    return totals / (count - 1)
+    return totals / (responses - 1)
 
 
 def ties_score(prompts: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> float:
@@ -218,7 +233,7 @@ def _hhh(row: Any, source_location: str) -> list[EvalPair]:
     folder = Path(source_location.rpartition(":")[0]).parent.name
     subset = _name(row, "subset", folder if folder in HHH else _file_name(source_location))
     good, bad = (_text(choices[labels.index(label)], "choices") for label in (1, 0))
-    return [EvalPair(_text(row.get("input"), "input"), good, bad, 1.0, subset, source_location)]
+    return [EvalPair(_text(row.get("input"), "input"), good, bad, source_location, preference=1.0, subset=subset)]
 
 
 def _hhh_figures(judged: JudgedPairs) -> dict[str, float]:
@@ -236,7 +251,8 @@ def _judge_bench(row: Any, source_location: str) -> list[EvalPair]:
     group = next((name for start, name in JUDGE_BENCH.items() if source.startswith(start)), source)
     if label not in ("A>B", "B>A"):
         raise BadRow(f"label {label!r} is neither 'A>B' nor 'B>A'.")
-    return [EvalPair(*_texts(row, "question", "response_A", "response_B"), float(label == "A>B"), group, source_location)]
+    texts = _texts(row, "question", "response_A", "response_B")
+    return [EvalPair(*texts, source_location, preference=float(label == "A>B"), subset=group)]
 
 
 def _judge_bench_figures(judged: JudgedPairs) -> dict[str, float]:
@@ -258,14 +274,14 @@ def _rm_bench(row: Any, source_location: str) -> list[EvalPair]:
     chosen, rejected = _field(row, "chosen", list), _field(row, "rejected", list)
     if len(chosen) != 3 or len(rejected) != 3:
         raise BadRow("'chosen' and 'rejected' must each hold three responses, in the styles concise, detailed, markdown.")
-    (prompt,), row_id = _texts(row, "prompt"), _name(row, "id", source_location)
+    (prompt,) = _texts(row, "prompt")
     domain = _name(row, "domain", _file_name(source_location))  # the files of one domain are named after it
     subset = next((name for name in RM_BENCH if domain.startswith(name)), None)
     if subset is None:
         raise BadRow(f"domain {domain!r} is none of {', '.join(RM_BENCH)}; a file without that field is named after it.")
     texts = [_text(text, "a response") for text in (*chosen, *rejected)]
     return [
-        EvalPair(prompt, texts[i], texts[3 + j], 1.0, subset, source_location, (i, j), row_id=row_id)
+        EvalPair(prompt, texts[i], texts[3 + j], source_location, preference=1.0, subset=subset, numbers=(i, j))
         for i, j in product(range(3), repeat=2)
     ]
 

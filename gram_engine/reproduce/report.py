@@ -11,14 +11,25 @@ from typing import Any, Iterator, Mapping, Optional, Sequence
 import numpy as np
 
 from gram_engine.evaluation.best_of_n import kl_of
-from gram_engine.evaluation.document import GREY, Block, Heading, Plot, Table, new_figure, png_of, write_document
+from gram_engine.evaluation.document import (
+    COLOURS,
+    GREY,
+    Block,
+    Heading,
+    Plot,
+    Table,
+    estimate_text,
+    literal,
+    new_figure,
+    png_of,
+    write_document,
+)
+from gram_engine.evaluation.plots import interval_rows
 from gram_engine.files import write_json
 from gram_engine.reproduce.collect import Results
 from gram_engine.reproduce.compare import KINDS, VERDICTS, compare
 from gram_engine.reproduce.jobs import JobGraph
 from gram_engine.reproduce.recipe import Recipe
-
-COLOURS = ("#2f6fb5", "#c9702c", "#3f8f5b", "#8457a8", "#b8434e", "#5f6b7a")
 
 
 def write_report(graph: JobGraph, results: Results, failed: Mapping[str, str], command: str) -> Path:
@@ -171,7 +182,7 @@ def _figures(section: Mapping[str, Any]) -> Table:
     for row in section["rows"]:
         cells = [row["label"], f"{row['x']:g}"] if section["x"] else [row["label"]]
         for number, _ in columns:
-            cells.append(_estimate(row["figures"][number]))
+            cells.append(estimate_text(row["figures"][number]))
             if number in printed:
                 cells.append("" if row["paper"][number] is None else f"{row['paper'][number]:.1f}")
         rows.append([*cells, _share(row["swap_consistency"]), _share(row["prefers_a"])])
@@ -184,7 +195,7 @@ def _claims(claims: Sequence[Mapping[str, Any]]) -> Table:
             claim["row"],
             claim["column"],
             "" if claim["paper"] is None else f"{claim['paper']:+.1f}",
-            _estimate(claim["ours"], "+.1f"),
+            estimate_text(claim["ours"], "+.1f"),
             claim["verdict"] or "",
         ]
         for claim in claims
@@ -196,11 +207,11 @@ def _line(line: Mapping[str, Any], axis: str) -> str:
     first, last = line["ends"]
     text = f"{line['line']}, {line['column']}: best at {axis} {line['best']:g}"
     if line["end_less_beginning"]:
-        text += f"; at {last:g} minus at {first:g}: {_estimate(line['end_less_beginning'], '+.1f')} points"
+        text += f"; at {last:g} minus at {first:g}: {estimate_text(line['end_less_beginning'], '+.1f')} points"
     if line["paper_best"] is not None:
         text += f"; the paper's best is at {line['paper_best']:g}"
         if line["paper_best_less_best"] and line["paper_best"] != line["best"]:
-            text += f", in our results {_estimate(line['paper_best_less_best'], '+.1f')} points from our best"
+            text += f", in our results {estimate_text(line['paper_best_less_best'], '+.1f')} points from our best"
     return text + "."
 
 
@@ -243,14 +254,8 @@ def _plots(section: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
 
 
 def _accuracy_rows(own: Sequence[tuple[Mapping[str, Any], Mapping[str, float]]]):
-    figure, axes = new_figure(6.0, max(2.0, 0.35 * len(own) + 1.0))
-    for height, (_, estimate) in enumerate(own):
-        axes.plot([estimate["low"], estimate["high"]], [height, height], color=COLOURS[0], linewidth=2)
-        axes.plot(estimate["mean"], height, "o", color=COLOURS[0])
-    axes.axvline(0.5, color=GREY, linewidth=0.8, linestyle="--")
-    axes.set(yticks=range(len(own)), yticklabels=[row["label"] for row, _ in own], xlabel="accuracy")
+    figure, axes = interval_rows([(row["label"], estimate) for row, estimate in own], width=6.0)
     axes.xaxis.set_major_formatter("{x:.1%}")
-    axes.set_ylim(len(own) - 0.5, -0.5)
     return figure
 
 
@@ -270,17 +275,9 @@ def _line_plot(lines: Mapping[str, tuple[Sequence[float], ...]]):
     figure, axes = new_figure(6.0, 4.0)
     for colour, (label, (x, y, low, high)) in zip(cycle(COLOURS), lines.items()):
         axes.fill_between(x, low, high, color=colour, alpha=0.15)
-        axes.plot(x, y, "o-", color=colour, markersize=4, label=label)
+        axes.plot(x, y, "o-", color=colour, markersize=4, label=literal(label))
     axes.legend(frameon=False, fontsize=8)
     return figure, axes
-
-
-def _estimate(estimate: Optional[Mapping[str, float]], form: str = ".1f") -> str:
-    """In percent, or in points."""
-    if estimate is None:
-        return "–"
-    mean, low, high = (f"{100 * estimate[name]:{form}}" for name in ("mean", "low", "high"))
-    return f"{mean} ({low}{' to ' if '+' in form else '–'}{high})"
 
 
 def _share(value: Optional[float]) -> str:

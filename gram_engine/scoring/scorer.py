@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterable, Iterator, Literal, Optional, Sequence
+from typing import Iterable, Iterator, Literal, NamedTuple, Optional, Sequence
 
 import numpy as np
 
@@ -37,6 +37,8 @@ class PairScore:
     """Z_A - Z_B with b shown first."""
     truncated: bool
     """Whether prompt or responses were shortened to fit the model's sequence length."""
+    tokens: Optional[int] = field(default=None, kw_only=True)
+    """Tokens of all texts that the model read for this pair, shared beginnings counted in each; None if not known."""
 
     @property
     def winner(self) -> Optional[str]:
@@ -78,6 +80,22 @@ class Best:
 
     index: int
     comparisons: int
+
+
+class JudgedGroup(NamedTuple):
+    """What a model says of texts that belong together."""
+
+    margins: np.ndarray
+    """[texts] float64: Z_A - Z_B, or a scalar head's rewards."""
+    truncated: bool
+    """Whether any of the texts was shortened."""
+    tokens: Optional[int]
+    """Tokens of all texts, shared beginnings counted in each; None if not known."""
+
+    @classmethod
+    def of(cls, margins: np.ndarray, samples: Sequence[Sample]) -> JudgedGroup:
+        """The group of some samples."""
+        return cls(margins, any(sample.truncated for sample in samples), sum(len(sample.tokens) for sample in samples))
 
 
 class RewardModelScorer:
@@ -124,12 +142,12 @@ class RewardModelScorer:
 
     def score_pairs(self, pairs: Iterable[Comparison]) -> Iterator[PairScore]:
         """Both orders of each (prompt, response_a, response_b), in the order given; batches run when a result is needed."""
-        for margins, truncated in self._judge(_both_orders(pairs)):
-            yield PairScore(float(reward_of_first(*margins)), *map(float, margins), any(truncated))
+        for margins, truncated, tokens in self._judge(_both_orders(pairs)):
+            yield PairScore(float(reward_of_first(*margins)), *map(float, margins), truncated, tokens=tokens)
 
     def margins(self, comparisons: Iterable[Comparison]) -> np.ndarray:
         """Z_A - Z_B of each comparison in the order given: [comparisons] float64."""
-        found = [margins for margins, _ in self._judge([comparison] for comparison in comparisons)]
+        found = [judged.margins for judged in self._judge([comparison] for comparison in comparisons)]
         return np.concatenate(found) if found else np.empty(0)
 
     def rank(self, prompt: str, responses: Sequence[str], reference: Optional[int] = None, seed: int = 0) -> Ranking:
@@ -147,7 +165,7 @@ class RewardModelScorer:
         # One group, whose texts share their prefixes: prompt and reference in the first half, the prompt in the second.
         group = [(prompt, responses[reference], responses[number]) for number in others]
         group += [(prompt, responses[number], responses[reference]) for number in others]
-        margins = next(self._judge([group]))[0] if others else np.empty(0)
+        margins = next(self._judge([group])).margins if others else np.empty(0)
         rewards = np.full(len(responses), 0.5)
         rewards[others] = reward_of_first(margins[len(others) :], margins[: len(others)])
         return Ranking(tuple(rewards.tolist()), reference)
@@ -176,8 +194,8 @@ class RewardModelScorer:
             standing = winners + standing[len(met) :]
         return Best(standing[0], len(responses) - 1)
 
-    def _judge(self, groups: Iterable[Sequence[tuple[str, ...]]]) -> Iterator[tuple[np.ndarray, list[bool]]]:
-        """(margins, truncated) of each group of texts, in the order given; texts of a group share the prefixes they have."""
+    def _judge(self, groups: Iterable[Sequence[tuple[str, ...]]]) -> Iterator[JudgedGroup]:
+        """The verdict on each group of texts, in the order given; texts of a group share the prefixes they have."""
         waiting: deque[list[Sample]] = deque()
         tree, margins = TokenTree(), np.empty(0)
         for group in groups:
@@ -188,11 +206,11 @@ class RewardModelScorer:
                     margins, tree = np.append(margins, self._run(tree)), TokenTree()
             while waiting and len(waiting[0]) <= len(margins):
                 samples = waiting.popleft()
-                yield margins[: len(samples)], [sample.truncated for sample in samples]
+                yield JudgedGroup.of(margins[: len(samples)], samples)
                 margins = margins[len(samples) :]
         margins = np.append(margins, self._run(tree)) if tree.leaves else margins
         for samples in waiting:
-            yield margins[: len(samples)], [sample.truncated for sample in samples]
+            yield JudgedGroup.of(margins[: len(samples)], samples)
             margins = margins[len(samples) :]
 
     def _sample(self, comparison: Comparison) -> Sample:
@@ -214,9 +232,9 @@ class ScalarScorer(RewardModelScorer):
 
     def score_pairs(self, pairs: Iterable[Comparison]) -> Iterator[ScalarPairScore]:
         """Both responses of each (prompt, response_a, response_b); `margins` and `truncated` as of the base class."""
-        for rewards, truncated in self._judge([(prompt, a), (prompt, b)] for prompt, a, b in pairs):
+        for rewards, truncated, tokens in self._judge([(prompt, a), (prompt, b)] for prompt, a, b in pairs):
             margin = float(rewards[0] - rewards[1])
-            yield ScalarPairScore(float(sigmoid(margin)), margin, -margin, any(truncated), tuple(rewards.tolist()))
+            yield ScalarPairScore(float(sigmoid(margin)), margin, -margin, truncated, tuple(rewards.tolist()), tokens=tokens)
 
     def margins(self, comparisons: Iterable[Comparison]) -> np.ndarray:
         """Difference of the two responses' rewards: [comparisons] float64."""
@@ -229,7 +247,7 @@ class ScalarScorer(RewardModelScorer):
             ConfigError: the list is empty.
         """
         _refuse_empty_list(responses)
-        rewards, _ = next(self._judge([[(prompt, response) for response in responses]]))
+        rewards = next(self._judge([[(prompt, response) for response in responses]])).margins
         return Ranking(tuple(rewards.tolist()), None)
 
     def best_of_n(self, prompt: str, responses: Sequence[str], method: Method = "reference", seed: int = 0) -> Best:
