@@ -14,6 +14,7 @@ COMMANDS = {
     "score": ("gram_engine.scoring.command:main", "score preference pairs with a Hugging Face folder"),
     "rank": ("gram_engine.scoring.command:rank_main", "rank lists of responses, or pick the best of n"),
     "evaluate": ("gram_engine.evaluation.evaluate:main", "RewardBench, RM-Bench, JudgeBench, HHH or own pairs: a report"),
+    "compare": ("gram_engine.evaluation.compare:main", "several models on several benchmarks: a leaderboard with differences"),
     "best-of-n": ("gram_engine.evaluation.best_of_n:main", "best-of-n sampling with a reward model: score against KL"),
     "reproduce": ("gram_engine.reproduce.command:main", "the paper's comparison from a recipe, with a report"),
     "plan": ("gram_engine.planning.command:main", "parallel layouts of a model: memory, speed, the flags of the best"),
