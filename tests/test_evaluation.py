@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -219,3 +220,38 @@ def test_report_of_a_run(folder, scorer, tmp_path, capsys):
         "subsets.png", "reliability.png", "margins.png", "length.png"
     }  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (output / "plots").iterdir())
+
+
+class InterruptedScorer:
+    """Judges as another scorer, and is interrupted after three pairs."""
+
+    def __init__(self, scorer):
+        self.scorer = scorer
+
+    def score_pairs(self, pairs):
+        yield from islice(self.scorer.score_pairs(pairs), 3)
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_evaluation_resumes_with_the_same_lines_and_times_the_rest(folder, scorer, tmp_path, monkeypatch):
+    rows = [{"prompt": prompt, "chosen": a, "rejected": b} for prompt, a, b in PAIRS]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def arguments(name):
+        return evaluate.EvaluateArguments(
+            files=(str(tmp_path / "in.jsonl"),), model=str(folder), output_dir=str(tmp_path / name)
+        )
+
+    monkeypatch.setattr(evaluate.EvaluateArguments, "scorer", lambda _: InterruptedScorer(scorer))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(arguments("resumed"))
+    monkeypatch.setattr(evaluate.EvaluateArguments, "scorer", lambda _: scorer)
+    assert evaluate.evaluate(arguments("resumed"))["pairs_timed"] == 4
+    whole = evaluate.evaluate(arguments("whole"))
+    assert whole["pairs_timed"] == 7 and whole["tokens"] > 0
+    texts = [(tmp_path / name / "scores.jsonl").read_text().splitlines() for name in ("resumed", "whole")]
+    for resumed, other in zip(*([json.loads(line) for line in lines] for lines in texts), strict=True):
+        assert resumed.pop("reward_a") == pytest.approx(other.pop("reward_a"), abs=1e-5)
+        for name in ("reward_b", "margin", "exchanged_margin"):
+            resumed.pop(name), other.pop(name)
+        assert resumed == other

@@ -139,7 +139,7 @@ def _again(folder: str | Path, report: dict[str, Any]) -> str:
     """The command that writes the folder anew."""
     try:
         words = ["gram", "evaluate", *report["files"], "--model", report["model"], "--output-dir", str(folder)]
-        return f"Evaluate again: {shlex.join(words)}"
+        return f"Evaluate again: {shlex.join(words)} (and the other flags that it had)"
     except (KeyError, TypeError):
         return "Evaluate again."
 
