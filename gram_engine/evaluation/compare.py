@@ -16,6 +16,7 @@ from gram_engine.evaluation.document import write_document
 from gram_engine.evaluation.saved import SavedEvaluation, read_evaluation
 from gram_engine.evaluation.suites import SUITES
 from gram_engine.files import write_json
+from gram_engine.log import log
 
 
 @dataclass(kw_only=True)
@@ -42,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = [table.head, *table.rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    print(f"comparison: {Path(arguments.output_dir) / 'comparison.html'}")
+        log("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    log(f"comparison: {Path(arguments.output_dir) / 'comparison.html'}")
 
 
 def compare_reports(arguments: CompareArguments) -> dict[str, Any]:

@@ -24,7 +24,8 @@ EXPLANATIONS = (
     "for the response shown first; 50 is unbiased. Models that score each response alone have 100 and 50 by construction, but "
     "for even rewards.",
     "ECE: expected calibration error, the mean distance between confidence (the reward of the preferred response) and "
-    "accuracy. Seconds and tokens are of both orders of a pair; seconds compare models only on the same machine.",
+    "accuracy. Seconds and tokens are of both orders of a pair; seconds are of one process, and compare models only on the "
+    "same machine.",
 )
 
 

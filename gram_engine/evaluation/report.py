@@ -70,7 +70,7 @@ def report_blocks(report: dict[str, Any], judged: JudgedPairs) -> Iterator[Block
 
 def _cost(report: dict[str, Any]) -> str:
     tokens = "" if report["tokens"] is None else f"{report['tokens']:,} tokens read; "
-    return f"{tokens}judging {report['pairs_timed']:,} pairs took {report['seconds']:,.1f} s."
+    return f"{tokens}one process judged {report['pairs_timed']:,} pairs in {report['seconds']:,.1f} s."
 
 
 def _number(value: float) -> str:

@@ -56,7 +56,7 @@ class SavedEvaluation:
     shortened: np.ndarray
     """[pairs] bool: whether texts were shortened to fit the model's sequence length."""
     seconds_per_pair: Optional[float]
-    """Both orders; loading the model is left out."""
+    """Both orders, in one process; loading the model is left out."""
     tokens_per_pair: Optional[float]
     """Tokens that the model read, in both orders."""
 
