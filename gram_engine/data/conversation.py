@@ -7,7 +7,8 @@ the data set, the checkpoint and the exported folder, so that scoring builds the
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from functools import partial
+from typing import Any, Optional
 
 from gram_engine.data.template import Layout
 from gram_engine.data.tokenizer import SAMPLE_MESSAGES, Tokenizer, literal_text, render_chat
@@ -37,24 +38,20 @@ class Conversation:
         if tokenizer.hf.chat_template is None:
             found = cls("", "\n\n", tokenizer.token(tokenizer.eos_id))
         else:
-            found = cls._of_chat_template(tokenizer)
-        found.pad_id(tokenizer)
-        return found
-
-    @classmethod
-    def _of_chat_template(cls, tokenizer: Tokenizer) -> Conversation:
-        def render(prompt: str, response: str) -> str:
-            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            return render_chat(tokenizer.hf, messages, add_generation_prompt=False)
-
-        found = literal_text(render, 2, SAMPLE_MESSAGES)
+            found = cls.of_literal_template(tokenizer)
         if found is None:
             raise ConfigError(
                 f"{tokenizer.path}: the chat template changes the text of a message, so a response cannot be found in "
                 "what it writes. Remove chat_template from the tokenizer folder, or simplify it."
             )
-        texts, strips = found
-        return cls(*texts, *strips)
+        found.pad_id(tokenizer)
+        return found
+
+    @classmethod
+    def of_literal_template(cls, tokenizer: Tokenizer) -> Optional[Conversation]:
+        """The texts that the tokenizer's chat template writes, or None if it changes the text of a message."""
+        found = literal_text(partial(_render, tokenizer.hf), 2, SAMPLE_MESSAGES)
+        return None if found is None else cls(*found[0], *found[1])
 
     def layout(self, prompt: str, response: str) -> Layout:
         """The text, with the character ranges of prompt and response."""
@@ -97,3 +94,27 @@ class Conversation:
             raise ConfigError(f"{source}: 'conversation' must hold {', '.join(kinds)}, as it was written.")
         return cls(**content)
 
+
+@dataclass(frozen=True)
+class RenderedConversation:
+    """A conversation that the chat template writes anew each time, because it changes the text of messages.
+
+    Only for scoring: it needs the transformers tokenizer `hf`, and cannot be stored.
+    """
+
+    hf: Any
+
+    def layout(self, prompt: str, response: str) -> Layout:
+        """The text, with the character ranges of prompt and response where they stand in it unchanged."""
+        text, slots, position = _render(self.hf, prompt, response), {}, 0
+        for name, message in (("prompt", prompt.strip()), ("response", response.strip())):
+            start = text.find(message, position)
+            if start >= 0:
+                position = start + len(message)
+                slots[name] = (start, position)
+        return Layout(text, slots)
+
+
+def _render(hf: Any, prompt: str, response: str) -> str:
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    return render_chat(hf, messages, add_generation_prompt=False)

@@ -49,8 +49,11 @@ class Tokenizer:
     """The transformers tokenizer; None in worker processes."""
 
     @classmethod
-    def load(cls, tokenizer_type: str, path: str | Path) -> Tokenizer:
+    def load(cls, tokenizer_type: str, path: str | Path, any_chat_template: bool = False) -> Tokenizer:
         """Read a SentencePiece .model file or a Hugging Face tokenizer folder (auto: whichever `path` is).
+
+        Args:
+            any_chat_template: also one that changes the user's message; `wrap_user` must then not be used.
 
         Raises:
             ConfigError: the path does not exist, is not a tokenizer or has no fast version, there is no end-of-sequence token,
@@ -70,7 +73,7 @@ class Tokenizer:
         else:
             raise ConfigError(f"--tokenizer-type {tokenizer_type}: use SentencePieceTokenizer or HuggingFaceTokenizer.")
         try:
-            return cls._from_hugging_face(load(path), tokenizer_type, str(path))
+            return cls._from_hugging_face(load(path), tokenizer_type, str(path), any_chat_template)
         except GramError:
             raise
         except BaseException as error:
@@ -81,7 +84,7 @@ class Tokenizer:
             raise ConfigError(f"--tokenizer-model {path}: not a tokenizer that can be used ({reason}). Restore it.") from None
 
     @classmethod
-    def _from_hugging_face(cls, hf, tokenizer_type: str, path: str) -> Tokenizer:
+    def _from_hugging_face(cls, hf, tokenizer_type: str, path: str, any_chat_template: bool) -> Tokenizer:
         backend = hf.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
@@ -89,7 +92,7 @@ class Tokenizer:
             raise ConfigError(f"{path}: the tokenizer has no end-of-sequence token. Set eos_token in tokenizer_config.json.")
         if hf.chat_template is not None:
             hf.chat_template = _pin_date(_one_template(hf.chat_template, path))
-            prefix, suffix, strips = _chat_wrapping(hf, path)
+            prefix, suffix, strips = ("", "", False) if any_chat_template else _chat_wrapping(hf, path)
             prefix_ids = []
         else:
             prefix, suffix, strips = "", "", False
