@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Any, Optional
+from typing import Any
 
 from gram_engine.data.template import Layout
 from gram_engine.data.tokenizer import SAMPLE_MESSAGES, Tokenizer, literal_text, render_chat
@@ -38,20 +38,20 @@ class Conversation:
         if tokenizer.hf.chat_template is None:
             found = cls("", "\n\n", tokenizer.token(tokenizer.eos_id))
         else:
-            found = cls.of_literal_template(tokenizer)
+            found = cls._of_chat_template(tokenizer)
+        found.pad_id(tokenizer)
+        return found
+
+    @classmethod
+    def _of_chat_template(cls, tokenizer: Tokenizer) -> Conversation:
+        found = literal_text(partial(_render, tokenizer.hf), 2, SAMPLE_MESSAGES)
         if found is None:
             raise ConfigError(
                 f"{tokenizer.path}: the chat template changes the text of a message, so a response cannot be found in "
                 "what it writes. Remove chat_template from the tokenizer folder, or simplify it."
             )
-        found.pad_id(tokenizer)
-        return found
-
-    @classmethod
-    def of_literal_template(cls, tokenizer: Tokenizer) -> Optional[Conversation]:
-        """The texts that the tokenizer's chat template writes, or None if it changes the text of a message."""
-        found = literal_text(partial(_render, tokenizer.hf), 2, SAMPLE_MESSAGES)
-        return None if found is None else cls(*found[0], *found[1])
+        texts, strips = found
+        return cls(*texts, *strips)
 
     def layout(self, prompt: str, response: str) -> Layout:
         """The text, with the character ranges of prompt and response."""
@@ -97,22 +97,23 @@ class Conversation:
 
 @dataclass(frozen=True)
 class RenderedConversation:
-    """A conversation that the chat template writes anew each time, because it changes the text of messages.
+    """A conversation that a chat template writes anew each time, whatever it does to the messages.
 
-    Only for scoring: it needs the transformers tokenizer `hf`, and cannot be stored.
+    Only for scoring with models of others: it needs the transformers tokenizer `hf`, and cannot be stored.
     """
 
     hf: Any
 
     def layout(self, prompt: str, response: str) -> Layout:
         """The text, with the character ranges of prompt and response where they stand in it unchanged."""
-        text, slots, position = _render(self.hf, prompt, response), {}, 0
-        for name, message in (("prompt", prompt.strip()), ("response", response.strip())):
-            start = text.find(message, position)
+        text, slots = _render(self.hf, prompt, response), {}
+        end = len(text)
+        for name, message in (("response", response.strip()), ("prompt", prompt.strip())):
+            start = text.rfind(message, 0, end)
             if start >= 0:
-                position = start + len(message)
-                slots[name] = (start, position)
-        return Layout(text, slots)
+                slots[name] = (start, start + len(message))
+                end = start
+        return Layout(text, dict(sorted(slots.items())))
 
 
 def _render(hf: Any, prompt: str, response: str) -> str:

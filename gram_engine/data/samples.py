@@ -55,7 +55,8 @@ def judge_sample(tokenizer: Tokenizer, layout: Layout, max_tokens: int, overlong
     """
 
     def build(candidate: Layout) -> Sample:
-        return Sample(tokenizer.prefix_ids + tokenizer.encode(tokenizer.wrap_user(candidate.text)))
+        prefix = tokenizer.default_prefix_ids if candidate.add_bos else tokenizer.prefix_ids
+        return Sample(prefix + tokenizer.encode(tokenizer.wrap_user(candidate.text)))
 
     return _fitting(tokenizer, layout, build, max_tokens, overlong)
 
@@ -227,7 +228,7 @@ def layout_of(row: Pair | PreformattedRow, template: JudgeTemplate, text: str, s
             return template.judge_layout(row.prompt, a, b)
         return template.generate_layout(row.prompt).followed_by(template.responses_layout(a, b))
     if text == "judge":
-        layout = template.find_judge(row.instruction) or Layout(row.instruction, {})
+        layout = template.find_judge(row.instruction) or Layout(row.instruction, {}, add_bos=template.add_bos)
     else:
         user = template.find_generate(row.instruction) or Layout(row.instruction, {})
         layout = user.followed_by(template.find_responses(row.output) or Layout(row.output, {}))

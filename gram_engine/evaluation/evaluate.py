@@ -129,7 +129,7 @@ def _judge(arguments: EvaluateArguments, pairs: Sequence[EvalPair]) -> list[dict
         for pair, score in zip(rest, scores, strict=True):
             yield {**score_line(score, pair.source_location, pair.preference), "subset": pair.subset}
 
-    settings = {name: getattr(arguments, name) for name in ("suite", "dtype", "limit")}
+    settings = {"suite": arguments.suite, "limit": arguments.limit, **arguments.depends_on()}
     depends_on = fingerprint(arguments.files, arguments.model, **settings)
     return write_resumable(Path(arguments.output_dir) / "scores.jsonl", depends_on, pairs, make_lines, "pairs")
 

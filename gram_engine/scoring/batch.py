@@ -1,4 +1,4 @@
-"""A token tree as one packed sequence on the device: what the forward passes of judge_model.py and transformers_model.py get."""
+"""A token tree as one packed sequence on the device, for the forward passes of judge_model.py and transformers_model.py."""
 
 from __future__ import annotations
 

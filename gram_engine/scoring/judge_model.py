@@ -8,6 +8,7 @@ layer there is one vector, the difference of the labels' two rows.
 from __future__ import annotations
 
 from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
