@@ -1,0 +1,249 @@
+"""A judge that a server runs, with the methods of a local one: `open_server_judge`."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import sys
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Coroutine, Iterable, Iterator, Optional, Sequence
+
+import numpy as np
+
+from gram_engine.data.samples import label_ids
+from gram_engine.data.template import DEFAULT_TEMPLATE, JudgeTemplate
+from gram_engine.data.tokenizer import Tokenizer
+from gram_engine.errors import ConfigError, ServerError, one_line
+from gram_engine.hf.gram_config import GRAM_CONFIG, GramConfig, read_gram_config
+from gram_engine.log import log
+from gram_engine.metrics import reward_of_first
+from gram_engine.scoring.scorer import Comparison, PairScore, RewardModelScorer, ScalarScorer
+from gram_engine.scoring.server.answers import Answer, Answers
+from gram_engine.scoring.server.client import Client, Refusal
+from gram_engine.scoring.server.contracts import ChatCompletions, Contract, SglangScore, VllmClassify
+from gram_engine.scoring.server.options import ServerOptions, endpoint
+
+AHEAD = 4
+"""Requests handed over at once, for each that is under way: a slow answer does not hold up those behind it."""
+REFUSED_ALONE = (400, 413, 422)
+"""Statuses by which a server that answers others refuses one text (too long, filtered)."""
+TRIAL = ("What is 2 + 2?", "4", "5")
+"""Judged first, so that a wrong address, key or model name shows before any work."""
+
+
+@dataclass(frozen=True)
+class ServerPairScore(PairScore):
+    """A pair by a server's verdicts."""
+
+    unparsable: int
+    """How many of the two answers hold no verdict or are refusals. Such a verdict is even: its margin is 0."""
+
+
+class _ServerJudge:
+    """Asks a server for the margins (a scalar model: rewards) that a local model would compute."""
+
+    scalar = False
+
+    def __init__(self, contract: Contract, client: Client, options: ServerOptions):
+        self._contract, self._client, self._options = contract, client, options
+        self._answers = Answers(options.server_answers)
+        self._requests = self._kept = self._unparsable = 0
+        self._first = self._last = time.monotonic()
+        # The event loop has a thread of its own, so that the methods also work where one is running (a notebook).
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="judge server", daemon=True).start()
+        try:
+            self._try_out()
+        except BaseException:
+            self._end_loop()
+            raise
+        log(f"model: {contract.description}, at {client.url}, {client.key_note}")
+
+    @property
+    def usage(self) -> dict[str, float]:
+        """What the verdicts cost, apart from the trial.
+
+        `requests` answered, `retries`, answers `kept` from an earlier run, answers `unparsable` (and refusals), `seconds`
+        from the first request to the last answer: of this run. `prompt_tokens` and `completion_tokens`, as the server counts
+        them: of this run and of all answers in the answers file.
+        """
+        return {
+            "requests": self._requests,
+            "kept": self._kept,
+            "retries": self._client.retries,
+            "unparsable": self._unparsable,
+            "prompt_tokens": self._answers.prompt_tokens,
+            "completion_tokens": self._answers.completion_tokens,
+            "seconds": self._last - self._first,
+        }
+
+    def close(self) -> None:
+        """Log what it cost, and close the connections and the answers file; the judge cannot be used afterwards."""
+        if self._loop.is_closed() or not self._loop.is_running():
+            return
+        log(
+            "server: {requests:,} answers in {seconds:.1f} s, {kept:,} kept from before, {retries:,} tries repeated, "
+            "{unparsable:,} without a verdict; {prompt_tokens:,} prompt tokens, {completion_tokens:,} completion tokens".format(
+                **self.usage
+            )
+        )
+        self._end_loop()
+
+    def _judge(self, groups: Iterable[Sequence[tuple[str, ...]]]) -> Iterator[tuple[np.ndarray, list[bool]]]:
+        """As of the local judge: (margins, truncated) of each group of texts, in the order given."""
+        for answers, truncated in self._answers_to(groups):
+            yield np.array([answer.margin or 0.0 for answer in answers]), truncated
+
+    def _answers_to(self, groups: Iterable[Sequence[tuple[str, ...]]]) -> Iterator[tuple[list[Answer], list[bool]]]:
+        """(answers, truncated) of each group of texts, in the order given, however the answers arrive."""
+        waiting: deque[list[tuple[Future[Answer], bool]]] = deque()
+        most, out = AHEAD * self._options.server_concurrency, 0
+        try:
+            for group in groups:
+                waiting.append([self._submit(text) for text in group])
+                out += len(group)
+                while waiting and (out >= most or all(future.done() for future, _ in waiting[0])):
+                    yield self._results(waiting[0])
+                    out -= len(waiting.popleft())
+            while waiting:
+                yield self._results(waiting[0])
+                waiting.popleft()
+        finally:
+            for submitted in waiting:
+                for future, _ in submitted:
+                    future.cancel()
+
+    def _results(self, submitted: list[tuple[Future[Answer], bool]]) -> tuple[list[Answer], list[bool]]:
+        answers = [future.result() for future, _ in submitted]
+        for answer in answers:
+            if answer.margin is None and not self._unparsable:
+                log(f"server: the first answer without a verdict, which counts as even: {one_line(answer.text) or 'no text'}")
+            self._unparsable += answer.margin is None
+        return answers, [truncated for _, truncated in submitted]
+
+    def _submit(self, text: tuple[str, ...]) -> tuple[Future[Answer], bool]:
+        request = self._contract.request(text)
+        body = json.dumps(request.body)
+        key = hashlib.sha256(f"{self._client.url}\n{body}".encode()).hexdigest()[:32]
+        known = self._answers.get(key)
+        if known is None:
+            self._first = self._first if self._requests else time.monotonic()
+            return self._run(self._ask(key, body)), request.truncated
+        self._kept += 1
+        future: Future[Answer] = Future()
+        future.set_result(known)
+        return future, request.truncated
+
+    async def _ask(self, key: str, body: str) -> Answer:
+        try:
+            answer = await self._client.ask(body, self._contract.read)
+        except Refusal as refusal:
+            if refusal.status not in REFUSED_ALONE or self.scalar:
+                raise self._error(refusal) from None
+            return Answer(None, f"refused, {refusal}")  # not kept: a rerun asks again
+        self._answers.add(key, answer)
+        self._requests += 1
+        self._last = time.monotonic()
+        return answer
+
+    def _try_out(self) -> None:
+        """Judge TRIAL; what the server refuses of a request and can do without is left out of all."""
+        while True:
+            body = json.dumps(self._contract.request(TRIAL[:2] if self.scalar else TRIAL).body)
+            try:
+                self._run(self._client.ask(body, self._contract.read)).result()
+                return
+            except Refusal as refusal:
+                change = self._contract.adapt(refusal.message)
+                if change is None:
+                    raise self._error(refusal) from None
+                log(f"server: {change} ({refusal})")
+
+    def _error(self, refusal: Refusal) -> ServerError:
+        where, remedy = self._client.url, "Check the address, --server-model and --server-body."
+        if refusal.status in (401, 403):
+            remedy = f"It was asked with {self._client.key_note}; --api-key-env names the variable that holds the key."
+        return ServerError(f"{where}: the server refuses requests, {refusal}. {remedy}".replace(".. ", ". "))
+
+    def _run(self, coroutine: Coroutine) -> Future:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def _end_loop(self) -> None:
+        self._run(self._client.close()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._answers.close()
+
+
+class ServerScorer(_ServerJudge, RewardModelScorer):
+    """A generative judge behind HTTP: both orders of each pair, Eq. 3 (`RewardModelScorer` has the methods)."""
+
+    def __init__(self, contract: Contract, client: Client, options: ServerOptions, template: JudgeTemplate):
+        self.template = template
+        super().__init__(contract, client, options)
+
+    def score_pairs(self, pairs: Iterable[Comparison]) -> Iterator[ServerPairScore]:
+        """Both orders of each (prompt, response_a, response_b), in the order given, many requests at once.
+
+        Raises:
+            ServerError: the server cannot be used (any more); a rerun with the same answers file resumes.
+        """
+        orders = ([(prompt, a, b), (prompt, b, a)] for prompt, a, b in pairs)
+        for answers, truncated in self._answers_to(orders):
+            margins = [answer.margin or 0.0 for answer in answers]
+            unparsable = sum(answer.margin is None for answer in answers)
+            yield ServerPairScore(float(reward_of_first(*margins)), *margins, any(truncated), unparsable)
+
+
+class ScalarServerScorer(_ServerJudge, ScalarScorer):
+    """A scalar reward model behind HTTP (`ScalarScorer` has the methods)."""
+
+    scalar = True
+
+
+def open_server_judge(url: str, *, template: Optional[str], options: ServerOptions) -> ServerScorer | ScalarServerScorer:
+    """The judge at an address, after one trial question.
+
+    Args:
+        url: with or without the path of the contract: `https://api.openai.com/v1`, `http://localhost:8000/classify`.
+        template: of the judge prompt, a name or a file; None: the export's own, or else gram-code.
+
+    Raises:
+        ConfigError: the flags do not fit together, or the tokenizer's folder cannot be used.
+        ServerError: the server cannot be reached, refuses the trial, or does not keep the contract.
+    """
+    options.check()
+    address, api = endpoint(url, options.server_api)
+    if api == "openai":
+        if not options.server_model:
+            raise ConfigError(f"--model {url} needs the model's name at the server: --server-model NAME.")
+        judge_template = JudgeTemplate.load(template or DEFAULT_TEMPLATE)
+        return ServerScorer(ChatCompletions(judge_template, options), Client(address, options), options, judge_template)
+    if not options.server_tokenizer:
+        raise ConfigError(
+            f"--server-api {api} is sent token ids. Give the served model's tokenizer: --server-tokenizer FOLDER."
+        )
+    tokenizer = Tokenizer.load("HuggingFaceTokenizer", options.server_tokenizer)
+    gram = _gram_config(options.server_tokenizer, tokenizer, template)
+    client = Client(address, options)
+    if gram.conversation is not None:
+        if api == "sglang-score":
+            raise ConfigError(f"{options.server_tokenizer}: a scalar model has no label tokens. Serve it by vLLM: /classify.")
+        return ScalarServerScorer(VllmClassify(tokenizer, gram, options), client, options)
+    contract = VllmClassify if api == "vllm-classify" else SglangScore
+    return ServerScorer(contract(tokenizer, gram, options), client, options, gram.template)
+
+
+def _gram_config(folder: str, tokenizer: Tokenizer, template: Optional[str]) -> GramConfig:
+    """The export's own, or that of a zero-shot judge whose texts are never shortened."""
+    if (Path(folder) / GRAM_CONFIG).is_file():
+        if template is not None:
+            raise ConfigError(f"--template {template}: {folder} has a template of its own. Leave the flag out.")
+        return read_gram_config(folder)
+    zero_shot = JudgeTemplate.load(template or DEFAULT_TEMPLATE)
+    return GramConfig(sys.maxsize, zero_shot, label_ids(tokenizer, zero_shot))
