@@ -103,8 +103,10 @@ class ChatCompletions:
         text, margin = choice.message.content or "", None
         labels = (self.template.label_a, self.template.label_b)
         if choice.logprobs and choice.logprobs.content:
-            top = {token.token: token.logprob for token in choice.logprobs.content[0].top_logprobs}
-            margin = margin_of_logprobs(top, *labels)
+            listed = sorted(choice.logprobs.content[0].top_logprobs, key=lambda token: token.logprob)
+            margin = margin_of_logprobs(
+                {token.token: token.logprob for token in listed}, *labels
+            )  # of equal texts the likelier
         if margin is None:
             margin = margin_of_text(text, *labels)
         return Answer(margin, text, usage.prompt_tokens, usage.completion_tokens or 0)
