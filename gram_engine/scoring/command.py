@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Callable, Iterator, Optional, Sequence, TypeVar
 
@@ -22,6 +22,7 @@ from gram_engine.metrics import pair_metrics
 from gram_engine.scoring.judges import open_judge
 from gram_engine.scoring.resumable import fingerprint, write_resumable
 from gram_engine.scoring.scorer import Best, Dtype, Judge, Method, PairScore, ScalarPairScore
+from gram_engine.scoring.server.options import ServerOptions, is_address
 
 T = TypeVar("T")
 
@@ -42,6 +43,7 @@ class ModelArguments:
     """Tokens of a text, to which longer ones are shortened; default: what the model was trained with, or takes at most."""
     batch_tokens: Optional[int] = None
     """Tokens of a batch; default: 4,096 on a CPU, 65,536 on a GPU."""
+    server: tyro.conf.OmitArgPrefixes[ServerOptions] = field(default_factory=ServerOptions)
 
     def scorer(self) -> Judge:
         """The model, loaded."""
@@ -54,7 +56,8 @@ class ModelArguments:
     def depends_on(self) -> dict[str, Any]:
         """What rewards depend on beside the model's files, for `fingerprint`."""
         template = JudgeTemplate.load(self.template).sha256 if self.template else None
-        return {"template": template, "dtype": self.dtype, "seq_length": self.seq_length}
+        server = self.server.depends_on() if is_address(self.model) else None
+        return {"template": template, "dtype": self.dtype, "seq_length": self.seq_length, "server": server}
 
 
 @dataclass(kw_only=True)

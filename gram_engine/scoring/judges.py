@@ -67,9 +67,10 @@ def open_judge(
         CheckpointError: its weights are pickles, missing, damaged or not finite.
     """
     if str(model).startswith(("http://", "https://")):
-        from gram_engine.scoring.server import open_server_judge
+        from gram_engine.scoring.server.options import ServerOptions
+        from gram_engine.scoring.server.scorer import open_server_judge
 
-        return open_server_judge(str(model), template=template, options=server)
+        return open_server_judge(str(model), template=template, options=server or ServerOptions(), seq_length=seq_length)
     folder = Path(model)
     wanted = _Wanted(template, dtype, torch.device(device or default_device()), batch_tokens, seq_length)
     if (folder / GRAM_CONFIG).is_file():
@@ -194,7 +195,7 @@ def _open_zero_shot(found: _Recognised, wanted: _Wanted) -> RewardModelScorer:
 
 def _open_scalar(found: _Recognised, wanted: _Wanted) -> ScalarScorer:
     tokenizer = Tokenizer.load("HuggingFaceTokenizer", found.folder, any_chat_template=True)
-    conversation = _conversation_of(tokenizer)
+    conversation = conversation_of(tokenizer)
     limit = wanted.checked_seq_length(found.longest_text(tokenizer), found.folder)
     gram = GramConfig(limit, conversation=conversation, pad_id=found.config.get_text_config().pad_token_id)
     model = found.model(None, wanted)
@@ -202,7 +203,7 @@ def _open_scalar(found: _Recognised, wanted: _Wanted) -> ScalarScorer:
     return ScalarScorer(model, tokenizer, gram, wanted.batch_tokens)
 
 
-def _conversation_of(tokenizer: Tokenizer) -> RenderedConversation:
+def conversation_of(tokenizer: Tokenizer) -> RenderedConversation:
     """How the model's own chat template writes prompt and response; raises as `open_judge`."""
     if tokenizer.hf.chat_template is None:
         raise ConfigError(
