@@ -121,6 +121,31 @@ def test_scalar_rewards_by_classify(theirs, folder, tmp_path):
     assert ranking.reference is None
 
 
+def test_another_ones_scalar_model_reads_its_own_chat_template(chat_folder, tmp_path):
+    """A folder of a sequence classifier without weights: the ids are those of transformers, shortened to --seq-length."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(chat_folder, tmp_path / "scalar")
+    (tmp_path / "scalar" / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
+    options = ServerOptions(server_tokenizer=str(tmp_path / "scalar"))
+    with JudgeServer(reply=lambda body: {"data": [{"probs": [len(body["input"])]}]}) as server:
+        judge = open_server_judge(server.url + "/classify", template=None, options=options)
+        scored = judge.compare("hello", "yes, or no", "no")
+        judge.close()
+        judge = open_server_judge(server.url + "/classify", template=None, options=options, seq_length=50)
+        assert judge.compare("hello", "yes " * 100, "no").truncated
+        judge.close()
+        sent = [body["input"] for body in server.answered]
+    hf = AutoTokenizer.from_pretrained(chat_folder)
+    lengths = []
+    for response in ("yes, or no", "no"):
+        messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": response}]
+        ids = hf.apply_chat_template(messages, date_string="26 Jul 2024", tokenize=True, return_dict=False)
+        assert list(ids) in sent
+        lengths.append(len(ids))
+    assert scored.rewards == tuple(lengths) and max(map(len, sent)) == 50
+
+
 def test_a_zero_shot_model_takes_any_template(chat_folder):
     """A tokenizer's folder without gram_config.json: the ids are those of the chat template, whole."""
     from transformers import AutoTokenizer

@@ -90,7 +90,7 @@ def test_pairs_in_both_orders_and_in_the_inputs_order(server, capsys):
         [{"role": "user", "content": TEMPLATE.judge(p, *order)}] in asked for p, a, b in pairs for order in ((a, b), (b, a))
     )
     assert {(body["model"], body["temperature"]) for body in server.answered} == {("judge", 0)}
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert "model: chat completions of judge, verdict by its log-probabilities, or else its text, template gram-code" in shown
     assert "server: 120 answers in" in shown and "1,200 prompt tokens, 120 completion tokens" in shown
 
@@ -259,7 +259,7 @@ def test_a_wrong_key_is_told_once_and_never_shown(server, monkeypatch, capfd, tm
     shown = capfd.readouterr()
     for text in (told, shown.out, shown.err, answers.read_text()):
         assert KEY not in text and "right-key" not in text
-    assert "key from MY_KEY" in shown.out and "A, says [hidden]" in answers.read_text()
+    assert "key from MY_KEY" in shown.err and "A, says [hidden]" in answers.read_text()
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_what_a_server_refuses_of_a_request_is_left_out(field, server, capsys):
     with judge_at(server.url) as judge:
         margins = margins_of(judge.score_pairs(pairs))
     assert server.received == 22, "asked once with it, in the trial"
-    assert "server: it " in capsys.readouterr().out
+    assert "server: it " in capsys.readouterr().err
     if "logprobs" in field:
         np.testing.assert_array_equal(margins, CERTAIN * np.sign(true_margins(pairs)))
         assert not {"logprobs", "top_logprobs"} & set(server.answered[-1])
@@ -325,7 +325,7 @@ def test_without_a_verdict_a_row_counts_as_even(server, capsys):
     assert [score.unparsable for score in scores] == [0, 0, 0, 2, 0, 2, 0]
     assert [score.margin for score in scores] == [-CERTAIN, -CERTAIN, -CERTAIN, 0.0, -CERTAIN, 0.0, -CERTAIN]
     assert {score.reward_a for score in scores} == {0.5}, "B in both orders is no preference either"
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert "the first answer without a verdict, which counts as even: It depends." in shown and "4 without a verdict" in shown
 
 
@@ -430,7 +430,7 @@ def test_an_error_in_the_middle_resumes(server, tmp_path):
 def test_flags_that_do_not_fit_together(folder, server):
     for flags, message in [
         ({"server_model": None}, "needs the model's name at the server: --server-model NAME"),
-        ({"server_api": "vllm-classify"}, "--server-api vllm-classify is sent token ids.*--server-tokenizer FOLDER"),
+        ({"server_api": "vllm-classify"}, "vllm-classify is sent token ids.*--server-tokenizer FOLDER"),
         ({"server_api": "sglang-score", "server_tokenizer": "/nowhere"}, "/nowhere: no such file or folder"),
         (
             {"template": "gram-paper", "server_api": "sglang-score", "server_tokenizer": str(folder)},

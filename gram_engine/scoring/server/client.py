@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import sys
 import time
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -137,8 +138,13 @@ class Client:
             self._not_before, pause = max(self._not_before, now + trouble.wait), 0.0
         if now - self._last_notice > SECONDS_BETWEEN_NOTICES:
             self._last_notice = now
-            log(f"server: {trouble}; trying again ({failures} of {self._options.server_tries} tries failed)")
+            say(f"server: {trouble}; trying again ({failures} of {self._options.server_tries} tries failed)")
         await asyncio.sleep(pause)
+
+
+def say(line: str) -> None:
+    """Log on stderr: stdout is for results."""
+    log(line, sys.stderr)
 
 
 def _message(reply: str) -> str:

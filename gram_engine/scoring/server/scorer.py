@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Coroutine, Iterable, Iterator, Optional, Sequence
 
@@ -20,12 +20,13 @@ from gram_engine.data.samples import label_ids
 from gram_engine.data.template import DEFAULT_TEMPLATE, JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.errors import ConfigError, ServerError, one_line
+from gram_engine.files import read_json
 from gram_engine.hf.gram_config import GRAM_CONFIG, GramConfig, read_gram_config
-from gram_engine.log import log
 from gram_engine.metrics import reward_of_first
-from gram_engine.scoring.scorer import Comparison, PairScore, RewardModelScorer, ScalarScorer
+from gram_engine.scoring.judges import conversation_of
+from gram_engine.scoring.scorer import Comparison, Judge, PairScore, ScalarJudge
 from gram_engine.scoring.server.answers import Answer, Answers
-from gram_engine.scoring.server.client import Client, Refusal
+from gram_engine.scoring.server.client import Client, Refusal, say
 from gram_engine.scoring.server.contracts import ChatCompletions, Contract, SglangScore, VllmClassify
 from gram_engine.scoring.server.options import ServerOptions, endpoint
 
@@ -57,13 +58,14 @@ class _ServerJudge:
         self._first = self._last = time.monotonic()
         # The event loop has a thread of its own, so that the methods also work where one is running (a notebook).
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="judge server", daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="judge server", daemon=True)
+        self._thread.start()
         try:
             self._try_out()
         except BaseException:
             self._end_loop()
             raise
-        log(f"model: {contract.description}, at {client.url}, {client.key_note}")
+        say(f"model: {contract.description}, at {client.url}, {client.key_note}")
 
     @property
     def usage(self) -> dict[str, float]:
@@ -85,9 +87,9 @@ class _ServerJudge:
 
     def close(self) -> None:
         """Log what it cost, and close the connections and the answers file; the judge cannot be used afterwards."""
-        if self._loop.is_closed() or not self._loop.is_running():
+        if self._loop.is_closed():
             return
-        log(
+        say(
             "server: {requests:,} answers in {seconds:.1f} s, {kept:,} kept from before, {retries:,} tries repeated, "
             "{unparsable:,} without a verdict; {prompt_tokens:,} prompt tokens, {completion_tokens:,} completion tokens".format(
                 **self.usage
@@ -123,7 +125,7 @@ class _ServerJudge:
         answers = [future.result() for future, _ in submitted]
         for answer in answers:
             if answer.margin is None and not self._unparsable:
-                log(f"server: the first answer without a verdict, which counts as even: {one_line(answer.text) or 'no text'}")
+                say(f"server: the first answer without a verdict, which counts as even: {one_line(answer.text) or 'no text'}")
             self._unparsable += answer.margin is None
         return answers, [truncated for _, truncated in submitted]
 
@@ -163,7 +165,7 @@ class _ServerJudge:
                 change = self._contract.adapt(refusal.message)
                 if change is None:
                     raise self._error(refusal) from None
-                log(f"server: {change} ({refusal})")
+                say(f"server: {change} ({refusal})")
 
     def _error(self, refusal: Refusal) -> ServerError:
         where, remedy = self._client.url, "Check the address, --server-model and --server-body."
@@ -175,17 +177,22 @@ class _ServerJudge:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def _end_loop(self) -> None:
-        self._run(self._client.close()).result()
+        self._run(self._cancel_all()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
         self._answers.close()
 
+    async def _cancel_all(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.close()
 
-class ServerScorer(_ServerJudge, RewardModelScorer):
-    """A generative judge behind HTTP: both orders of each pair, Eq. 3 (`RewardModelScorer` has the methods)."""
 
-    def __init__(self, contract: Contract, client: Client, options: ServerOptions, template: JudgeTemplate):
-        self.template = template
-        super().__init__(contract, client, options)
+class ServerScorer(_ServerJudge, Judge):
+    """A generative judge behind HTTP."""
 
     def score_pairs(self, pairs: Iterable[Comparison]) -> Iterator[ServerPairScore]:
         """Both orders of each (prompt, response_a, response_b), in the order given, many requests at once.
@@ -200,18 +207,22 @@ class ServerScorer(_ServerJudge, RewardModelScorer):
             yield ServerPairScore(float(reward_of_first(*margins)), *margins, any(truncated), unparsable)
 
 
-class ScalarServerScorer(_ServerJudge, ScalarScorer):
-    """A scalar reward model behind HTTP (`ScalarScorer` has the methods)."""
+class ScalarServerScorer(_ServerJudge, ScalarJudge):
+    """A scalar reward model behind HTTP."""
 
     scalar = True
 
 
-def open_server_judge(url: str, *, template: Optional[str], options: ServerOptions) -> ServerScorer | ScalarServerScorer:
+def open_server_judge(
+    url: str, *, template: Optional[str], options: ServerOptions, seq_length: Optional[int] = None
+) -> ServerScorer | ScalarServerScorer:
     """The judge at an address, after one trial question.
 
     Args:
         url: with or without the path of the contract: `https://api.openai.com/v1`, `http://localhost:8000/classify`.
-        template: of the judge prompt, a name or a file; None: the export's own, or else gram-code.
+        template: of the judge prompt, a name or a file; None: gram-code. Exports have their own, and do not use it.
+        seq_length: tokens of a text, to which longer ones are shortened where token ids are sent; None: the export's own, or
+            else any length.
 
     Raises:
         ConfigError: the flags do not fit together, or the tokenizer's folder cannot be used.
@@ -222,28 +233,32 @@ def open_server_judge(url: str, *, template: Optional[str], options: ServerOptio
     if api == "openai":
         if not options.server_model:
             raise ConfigError(f"--model {url} needs the model's name at the server: --server-model NAME.")
-        judge_template = JudgeTemplate.load(template or DEFAULT_TEMPLATE)
-        return ServerScorer(ChatCompletions(judge_template, options), Client(address, options), options, judge_template)
+        contract = ChatCompletions(JudgeTemplate.load(template or DEFAULT_TEMPLATE), options)
+        return ServerScorer(contract, Client(address, options), options)
     if not options.server_tokenizer:
-        raise ConfigError(
-            f"--server-api {api} is sent token ids. Give the served model's tokenizer: --server-tokenizer FOLDER."
-        )
-    tokenizer = Tokenizer.load("HuggingFaceTokenizer", options.server_tokenizer)
-    gram = _gram_config(options.server_tokenizer, tokenizer, template)
-    client = Client(address, options)
-    if gram.conversation is not None:
-        if api == "sglang-score":
-            raise ConfigError(f"{options.server_tokenizer}: a scalar model has no label tokens. Serve it by vLLM: /classify.")
-        return ScalarServerScorer(VllmClassify(tokenizer, gram, options), client, options)
-    contract = VllmClassify if api == "vllm-classify" else SglangScore
-    return ServerScorer(contract(tokenizer, gram, options), client, options, gram.template)
+        raise ConfigError(f"{api} is sent token ids. Give the served model's tokenizer: --server-tokenizer FOLDER.")
+    tokenizer, gram = _texts_of(Path(options.server_tokenizer), template, seq_length)
+    if gram.conversation is not None and api == "sglang-score":
+        raise ConfigError(f"{options.server_tokenizer}: a scalar model has no label tokens. Serve it with vLLM, by /classify.")
+    contract = (VllmClassify if api == "vllm-classify" else SglangScore)(tokenizer, gram, options)
+    judge = ServerScorer if gram.conversation is None else ScalarServerScorer
+    return judge(contract, Client(address, options), options)
 
 
-def _gram_config(folder: str, tokenizer: Tokenizer, template: Optional[str]) -> GramConfig:
-    """The export's own, or that of a zero-shot judge whose texts are never shortened."""
-    if (Path(folder) / GRAM_CONFIG).is_file():
-        if template is not None:
-            raise ConfigError(f"--template {template}: {folder} has a template of its own. Leave the flag out.")
-        return read_gram_config(folder)
+def _texts_of(folder: Path, template: Optional[str], seq_length: Optional[int]) -> tuple[Tokenizer, GramConfig]:
+    """How texts are written and tokenised for the model whose tokenizer is in `folder`; the weights need not be there."""
+    if not (folder / GRAM_CONFIG).is_file() and _is_classifier(folder / "config.json"):
+        tokenizer = Tokenizer.load("HuggingFaceTokenizer", folder, any_chat_template=True)
+        return tokenizer, GramConfig(seq_length or sys.maxsize, conversation=conversation_of(tokenizer))
+    tokenizer = Tokenizer.load("HuggingFaceTokenizer", folder)
+    if (folder / GRAM_CONFIG).is_file():
+        gram = read_gram_config(folder)
+        return tokenizer, replace(gram, seq_length=min(seq_length or gram.seq_length, gram.seq_length))
     zero_shot = JudgeTemplate.load(template or DEFAULT_TEMPLATE)
-    return GramConfig(sys.maxsize, zero_shot, label_ids(tokenizer, zero_shot))
+    return tokenizer, GramConfig(seq_length or sys.maxsize, zero_shot, label_ids(tokenizer, zero_shot))
+
+
+def _is_classifier(config: Path) -> bool:
+    """Whether a config.json, if there is one, is that of a reward model with a scalar head."""
+    content = read_json(config, ConfigError, "Download it again.") if config.is_file() else {}
+    return str(content.get("architectures")).endswith("ForSequenceClassification']")
