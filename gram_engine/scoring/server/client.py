@@ -106,7 +106,7 @@ class Client:
         try:
             response = await self._http.post(self.url, content=body)
         except httpx2.RequestError as error:
-            raise _Trouble(f"{type(error).__name__}: {error}".removesuffix(": ")) from None
+            raise _Trouble(f"{type(error).__name__}: {error}".rstrip(".: ")) from None
         reply = response.text.replace(self._key, MASK) if self._key else response.text
         status = response.status_code
         if status in TRY_AGAIN or status >= 500:
@@ -148,15 +148,16 @@ def say(line: str) -> None:
 
 
 def _message(reply: str) -> str:
-    """What a reply says about an error, on one line and shortened."""
+    """What a reply says about an error, on one line and shortened, without a full stop."""
     try:
         content: Any = json.loads(reply)
     except (ValueError, RecursionError):
-        return one_line(reply.strip()) or "an empty body"
+        content = reply
     for name in ("error", "message", "detail"):
         if isinstance(content, dict) and content.get(name):
             content = content[name]
-    return one_line(content if isinstance(content, str) else json.dumps(content))
+    text = content if isinstance(content, str) else json.dumps(content)
+    return one_line(text.strip().rstrip(".")) or "an empty body"
 
 
 def _retry_after(headers: httpx2.Headers) -> Optional[float]:

@@ -171,7 +171,7 @@ class _ServerJudge:
         where, remedy = self._client.url, "Check the address, --server-model and --server-body."
         if refusal.status in (401, 403):
             remedy = f"It was asked with {self._client.key_note}; --api-key-env names the variable that holds the key."
-        return ServerError(f"{where}: the server refuses requests, {refusal}. {remedy}".replace(".. ", ". "))
+        return ServerError(f"{where}: the server refuses requests, {refusal}. {remedy}")
 
     def _run(self, coroutine: Coroutine) -> Future:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
