@@ -60,6 +60,14 @@ class ScalarPairScore(PairScore):
 
 
 @dataclass(frozen=True)
+class ServerPairScore(PairScore):
+    """A pair by a server's verdicts."""
+
+    unparsable: int
+    """How many of the two answers hold no verdict or are refusals. Such a verdict is even: its margin is 0."""
+
+
+@dataclass(frozen=True)
 class Ranking:
     """Responses to one prompt, judged against one of them (section 4.4) or, by a scalar head, each on its own."""
 
@@ -93,6 +101,9 @@ class Judge(ABC):
     @abstractmethod
     def _judge(self, groups: Iterable[Sequence[Comparison]]) -> Iterator[tuple[np.ndarray, list[bool]]]:
         """(Z_A - Z_B as float64, whether it was shortened) of each comparison of a group, groups in the order given."""
+
+    def close(self) -> None:  # noqa: B027 (a local judge holds nothing)
+        """Release what the judge holds open; one behind a server also logs what its verdicts cost."""
 
     def score(self, prompt: str, response: str, reference: str) -> float:
         """Reward of a response against a reference, in [0, 1] (Eq. 3)."""

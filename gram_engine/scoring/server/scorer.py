@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Coroutine, Iterable, Iterator, Optional, Sequence
 
@@ -24,7 +24,7 @@ from gram_engine.files import read_json
 from gram_engine.hf.gram_config import GRAM_CONFIG, GramConfig, read_gram_config
 from gram_engine.metrics import reward_of_first
 from gram_engine.scoring.judges import conversation_of
-from gram_engine.scoring.scorer import Comparison, Judge, PairScore, ScalarJudge
+from gram_engine.scoring.scorer import Comparison, Judge, ScalarJudge, ServerPairScore
 from gram_engine.scoring.server.answers import Answer, Answers
 from gram_engine.scoring.server.client import Client, Refusal, say
 from gram_engine.scoring.server.contracts import ChatCompletions, Contract, SglangScore, VllmClassify
@@ -36,14 +36,6 @@ REFUSED_ALONE = (400, 413, 422)
 """Statuses by which a server that answers others refuses one text (too long, filtered)."""
 TRIAL = ("What is 2 + 2?", "4", "5")
 """Judged first, so that a wrong address, key or model name shows before any work."""
-
-
-@dataclass(frozen=True)
-class ServerPairScore(PairScore):
-    """A pair by a server's verdicts."""
-
-    unparsable: int
-    """How many of the two answers hold no verdict or are refusals. Such a verdict is even: its margin is 0."""
 
 
 class _ServerJudge:
