@@ -136,6 +136,19 @@ def hangs(exchange):
         return True
 
 
+def drips(exchange):
+    """A byte from time to time, longer than anyone waits."""
+    if exchange.number % 10 == 5:
+        exchange.send_response(200)
+        exchange.send_header("content-length", "100")
+        exchange.end_headers()
+        for _ in range(25):
+            exchange.wfile.write(b" ")
+            time.sleep(0.1)
+        exchange.close_connection = True
+        return True
+
+
 def closes(exchange):
     if exchange.number % 3 == 0:
         exchange.connection.shutdown(socket.SHUT_RDWR)
@@ -159,6 +172,7 @@ FAULTS = {
     "an empty body": fails_with(200, b""),
     "connection closed": closes,
     "too slow": hangs,
+    "too slow, byte by byte": drips,
 }
 
 
@@ -166,7 +180,7 @@ FAULTS = {
 def test_what_may_pass_is_tried_again(fault, server):
     server.misbehave = FAULTS[fault]
     pairs = pairs_of(20)
-    with judge_at(server.url, server_timeout=0.5 if fault == "too slow" else 20.0) as judge:
+    with judge_at(server.url, server_timeout=0.5 if fault.startswith("too slow") else 20.0) as judge:
         scores = list(judge.score_pairs(pairs))
         assert judge.usage["retries"] >= 3 and judge.usage["requests"] == 40
     np.testing.assert_allclose(margins_of(scores), true_margins(pairs), atol=1e-9)

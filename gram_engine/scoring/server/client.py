@@ -62,7 +62,7 @@ class Client:
         headers = {"content-type": "application/json", **({"authorization": f"Bearer {self._key}"} if self._key else {})}
         self._http = httpx2.AsyncClient(
             headers=headers,
-            timeout=httpx2.Timeout(options.server_timeout, connect=min(CONNECT_SECONDS, options.server_timeout)),
+            timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=options.server_concurrency),
         )
 
@@ -104,7 +104,10 @@ class Client:
         while (wait := self._not_before - time.monotonic()) > 0:
             await asyncio.sleep(wait + random.uniform(0, 0.1))
         try:
-            response = await self._http.post(self.url, content=body)
+            async with asyncio.timeout(self._options.server_timeout):  # of the whole, which httpx's own are not
+                response = await self._http.post(self.url, content=body)
+        except TimeoutError:
+            raise _Trouble(f"no answer in {self._options.server_timeout:g} s (--server-timeout)") from None
         except httpx2.RequestError as error:
             raise _Trouble(f"{type(error).__name__}: {error}".rstrip(".: ")) from None
         reply = response.text.replace(self._key, MASK) if self._key else response.text

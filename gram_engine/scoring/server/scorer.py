@@ -47,7 +47,7 @@ class _ServerJudge:
         self._contract, self._client, self._options = contract, client, options
         self._answers = Answers(options.server_answers)
         self._requests = self._kept = self._unparsable = 0
-        self._first = self._last = time.monotonic()
+        self._first = self._last = 0.0
         # The event loop has a thread of its own, so that the methods also work where one is running (a notebook).
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="judge server", daemon=True)
@@ -74,7 +74,7 @@ class _ServerJudge:
             "unparsable": self._unparsable,
             "prompt_tokens": self._answers.prompt_tokens,
             "completion_tokens": self._answers.completion_tokens,
-            "seconds": self._last - self._first,
+            "seconds": max(0.0, self._last - self._first),
         }
 
     def close(self) -> None:
@@ -127,7 +127,7 @@ class _ServerJudge:
         key = hashlib.sha256(f"{self._client.url}\n{body}".encode()).hexdigest()[:32]
         known = self._answers.get(key)
         if known is None:
-            self._first = self._first if self._requests else time.monotonic()
+            self._first = self._first or time.monotonic()
             return self._run(self._ask(key, body)), request.truncated
         self._kept += 1
         future: Future[Answer] = Future()
