@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from gram_engine.data.template import JudgeTemplate
+from gram_engine.metrics import reward_of_first
 from gram_engine.scoring.server.options import ServerOptions
 from gram_engine.scoring.server.scorer import open_server_judge
 from gram_engine.scoring.server.verdict import CERTAIN, margin_of_text
@@ -24,6 +26,8 @@ FOLDER = Path(os.environ.get("GRAM_SMOLLM2", ROOT / "runs" / "SmolLM2-135M-Instr
 PAIRS = Path(os.environ.get("GRAM_SMOLLM2_PAIRS", ROOT.parent / "shared" / "data" / "train" / "preferences.jsonl"))
 LONGEST_PAIR = 400
 """Characters of prompt and responses."""
+TOLERANCE = 2e-4
+"""Of margins in float32, computed by another program."""
 
 pytestmark = [
     pytest.mark.long,
@@ -80,7 +84,7 @@ class Local:
 
 @contextlib.contextmanager
 def running(command: list[str], ready: str):
-    """A server; gives the rest of the line that it prints after `ready`."""
+    """A server; gives the address in the line that it prints with `ready`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -93,7 +97,7 @@ def running(command: list[str], ready: str):
                 break
         else:
             raise AssertionError("the server ended:\n" + "".join(lines))
-        yield line.partition(ready)[2].strip()
+        yield re.search(r"http://[0-9.]+:[0-9]+", line)[0]  # other threads write into the same line
     finally:
         process.kill()
         process.wait()
@@ -102,7 +106,7 @@ def running(command: list[str], ready: str):
 @needs("xllamacpp gguf", "xllamacpp", "gguf")
 @pytest.mark.parametrize("template", ["gram-code", "gram-paper"])
 def test_log_probabilities_of_llama_cpp(template, tmp_path):
-    pairs = short_pairs(50 if template == "gram-code" else 10)
+    pairs = short_pairs(50 if template == "gram-code" else 6)
     local = Local(template)
     expected = np.array([local.margin(order) for order in orders(pairs)])
     command = [sys.executable, "-m", "tests.support.llama_cpp_server", str(FOLDER), str(tmp_path / "smollm2.gguf")]
@@ -114,16 +118,16 @@ def test_log_probabilities_of_llama_cpp(template, tmp_path):
         usage = judge.usage
         judge.close()
         judge = open_server_judge(address, template=template, options=ServerOptions(**flags))
-        bounded = judge.margins(orders(pairs[:10]))
+        bounded = judge.margins(orders(pairs[:6]))
         judge.close()
     print(f"{template}: largest difference {np.abs(found - expected).max():.2e}, usage {usage}, 20: {bounded}")
     assert usage["prompt_tokens"] == sum(local.ids(order).shape[1] for order in orders(pairs)) and not usage["unparsable"]
-    np.testing.assert_allclose(found, expected, atol=2e-3)
-    decided = np.abs(expected) > 2e-3
-    assert (np.sign(found) == np.sign(expected))[decided].all()
-    listed = (bounded != 0) & (np.abs(bounded) < CERTAIN)
-    assert (np.sign(bounded) == np.sign(expected[: len(bounded)]))[listed].all()
-    assert (np.abs(bounded) <= np.abs(expected[: len(bounded)]) + 2e-3)[listed].all(), "a bound is never more than the margin"
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+    assert (np.sign(found) == np.sign(expected))[np.abs(expected) > TOLERANCE].all()
+    towards_first = [reward_of_first(*margins.reshape(-1, 2).T) - 0.5 for margins in (found, expected)]
+    assert (np.sign(towards_first[0]) == np.sign(towards_first[1]))[np.abs(towards_first[1]) > TOLERANCE].all()
+    assert (np.abs(bounded) < CERTAIN).all() and (np.sign(bounded) == np.sign(expected[: len(bounded)])).all()
+    assert (np.abs(bounded) <= np.abs(expected[: len(bounded)]) + TOLERANCE).all(), "a bound is never more than the margin"
 
 
 @needs("'transformers[serving]'", "fastapi", "uvicorn", "openai", "rich", "accelerate", "typer")
@@ -136,10 +140,24 @@ def test_texts_of_transformers_serve():
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     script = "from transformers.cli.transformers import main; main()"
-    serve = [sys.executable, "-c", script, "serve", str(FOLDER), "--port", port, "--dtype", "float32", "--device", "cpu"]
+    serve = [
+        sys.executable,
+        "-c",
+        script,
+        "serve",
+        str(FOLDER),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        port,
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+    ]
     options = ServerOptions(server_model=str(FOLDER), server_max_tokens=8, server_concurrency=2)
-    with running(serve, "Uvicorn running on "):
-        judge = open_server_judge(f"http://127.0.0.1:{port}", template=None, options=options)
+    with running(serve, "Uvicorn running on ") as address:
+        judge = open_server_judge(address, template=None, options=options)
         scores = list(judge.score_pairs(pairs))
         usage = judge.usage
         judge.close()

@@ -78,6 +78,7 @@ def serve(path: str) -> None:
     params.n_ctx, params.n_parallel = 8192, 2
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it computes in float16
     params.warmup = False
     server = xllamacpp.Server(params)
     print(f"\naddress: {server.listening_address}", flush=True)
