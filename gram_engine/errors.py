@@ -25,6 +25,12 @@ class NumericsError(GramError, ArithmeticError):
     exit_status = 3
 
 
+class ServerError(GramError, RuntimeError):
+    """A judge's server that cannot be reached, refuses requests, or answers something else than its contract."""
+
+    exit_status = 5
+
+
 LONGEST_MESSAGE = 500
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from typing import IO, Optional
 
 from tqdm import tqdm
 
@@ -32,8 +33,9 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def log(message: str) -> None:
-    """Print a line on rank 0, above the progress bar if there is one, with access tokens masked."""
+def log(message: str, stream: Optional[IO[str]] = None) -> None:
+    """Print a line on rank 0, above the progress bar if there is one, with access tokens masked; None: to stdout."""
     if is_main_process():
-        tqdm.write(redact(message), file=sys.stdout)
-        sys.stdout.flush()
+        stream = stream or sys.stdout
+        tqdm.write(redact(message), file=stream)
+        stream.flush()

@@ -116,7 +116,7 @@ def test_candidates_without_oracle_scores_are_refused(folder, tmp_path):
     file = write(tmp_path / "lists.jsonl", [{"prompt": "x", "responses": ["a", "b"]}])
     with pytest.raises(DataError, match="lists.jsonl:1: no field 'oracle'"):
         best_of_n(BestOfNArguments(file=file, model=str(folder), output_dir=str(tmp_path)))
-    with pytest.raises(ConfigError, match="--oracle none: neither 'field' nor the folder"):
+    with pytest.raises(ConfigError, match="--oracle none: neither 'field' nor a model's folder"):
         best_of_n(BestOfNArguments(file=file, model=str(folder), output_dir=str(tmp_path), oracle="none"))
 
 

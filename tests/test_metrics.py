@@ -19,8 +19,8 @@ from gram_engine.metrics import (
     reward_of_first,
     wilson,
 )
-from gram_engine.scoring.command import ScoreArguments, score_file
-from gram_engine.scoring.scorer import PairScore, RewardModelScorer
+from gram_engine.scoring.command import ModelArguments, ScoreArguments, score_file
+from gram_engine.scoring.scorer import PairScore
 
 
 def metrics_of(pair_ids, orders, margins, preference):
@@ -106,7 +106,7 @@ def test_score_and_evaluate_agree_on_ties_and_even_rewards(margins, accuracy, mo
     rows = [{"prompt": f"{n}", "response_a": "a", "response_b": "bb", "label": label} for n, label in enumerate(labels)]
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(RewardModelScorer, "from_pretrained", lambda *_, **__: FixedScorer(margins))
+    monkeypatch.setattr(ModelArguments, "scorer", lambda _: FixedScorer(margins))
     scored = score_file(ScoreArguments(input=str(file), output=str(tmp_path / "scores.jsonl"), model="model"))
     report = evaluate(EvaluateArguments(files=(str(file),), model="model", output_dir=str(tmp_path / "out")))
     assert scored["accuracy"] == report["figures"]["accuracy"] == report["all"]["accuracy"] == pytest.approx(accuracy)

@@ -1,4 +1,4 @@
-"""Pairs and lists scored per second: the scorer, and what one would write with transformers (full logits, padded batches)."""
+"""Pairs and lists scored per second: the scorer by both its forward passes, and a padded loop over full logits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Optional, Sequence
+from typing import Any, Iterator, Optional, Sequence
 
 import numpy as np
 import torch
@@ -23,8 +23,10 @@ from gram_engine.hf.gram_config import GRAM_CONFIG
 from gram_engine.log import log
 from gram_engine.metrics import reward_of_first
 from gram_engine.scoring.scorer import Dtype, RewardModelScorer
+from gram_engine.scoring.transformers_model import TransformersModel
 
 OURS = "gram_engine"
+PACKED = "gram_engine, forward pass of transformers"
 NAIVE = "transformers, padded batches, full logits"
 METADATA_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", GRAM_CONFIG)
 
@@ -81,6 +83,12 @@ class Scoring(CallOptions):
         lists = [(pairs[number][0], responses[2 * number : 2 * number + self.list_size]) for number in range(self.lists)]
         scorer = RewardModelScorer.from_pretrained(folder, self.dtype)
         naive = NaiveScorer(folder, scorer, self.batch_size)
+        model = TransformersModel(type(naive.model), folder, scorer.gram.label_ids, self.dtype, scorer.model.device)
+        contestants = {
+            NAIVE: naive,
+            PACKED: _Ours(RewardModelScorer(model, scorer.tokenizer, scorer.gram)),
+            OURS: _Ours(scorer),
+        }
         tasks = {
             f"{len(pairs)} pairs": (lambda by: by.rewards(pairs), len(pairs), "pairs/s"),
             f"{len(lists)} lists of {self.list_size}": (
@@ -89,23 +97,25 @@ class Scoring(CallOptions):
                 "lists/s",
             ),
         }
-        return [row for task, work in tasks.items() for row in _compare(task, *work, self, scorer, naive)]
+        return [row for task, work in tasks.items() for row in _compare(task, *work, self, scorer, contestants)]
 
 
-def _compare(task: str, run, count: int, unit: str, options: Scoring, scorer: RewardModelScorer, naive) -> list[Row]:
+def _compare(
+    task: str, run, count: int, unit: str, options: Scoring, scorer: RewardModelScorer, contestants: dict[str, Any]
+) -> list[Row]:
     rows, results, device = [], {}, scorer.model.device
-    for name, by in ((NAIVE, naive), (OURS, _Ours(scorer))):
+    for name, by in contestants.items():
 
         def call(name=name, by=by) -> None:
             results[name] = run(by)
 
         seconds, repeats, peak = measure(call, device, options.repeats, options.budget_seconds)
         dtype, note = str(scorer.model.dtype).removeprefix("torch."), f"[{count / seconds:,.1f} {unit}]"
+        if name != NAIVE:
+            note += f" largest difference of a reward {np.abs(np.subtract(results[NAIVE], results[name])).max():.1e}"
         rows.append(
             Row(f"score {task}", name, _shape(scorer), dtype, describe(device), seconds * 1e3, repeats, peak, NAIVE, note=note)
         )
-    difference = np.abs(np.subtract(results[NAIVE], results[OURS])).max()
-    rows[-1].note += f" largest difference of a reward {difference:.1e}"
     add_ratios(rows)
     return rows
 

@@ -7,6 +7,7 @@ the data set, the checkpoint and the exported folder, so that scoring builds the
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
 from gram_engine.data.template import Layout
@@ -43,11 +44,7 @@ class Conversation:
 
     @classmethod
     def _of_chat_template(cls, tokenizer: Tokenizer) -> Conversation:
-        def render(prompt: str, response: str) -> str:
-            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            return render_chat(tokenizer.hf, messages, add_generation_prompt=False)
-
-        found = literal_text(render, 2, SAMPLE_MESSAGES)
+        found = literal_text(partial(_render, tokenizer.hf), 2, SAMPLE_MESSAGES)
         if found is None:
             raise ConfigError(
                 f"{tokenizer.path}: the chat template changes the text of a message, so a response cannot be found in "
@@ -97,3 +94,28 @@ class Conversation:
             raise ConfigError(f"{source}: 'conversation' must hold {', '.join(kinds)}, as it was written.")
         return cls(**content)
 
+
+@dataclass(frozen=True)
+class RenderedConversation:
+    """A conversation that a chat template writes anew each time, whatever it does to the messages.
+
+    Only for scoring with models of others: it needs the transformers tokenizer `hf`, and cannot be stored.
+    """
+
+    hf: Any
+
+    def layout(self, prompt: str, response: str) -> Layout:
+        """The text, with the character ranges of prompt and response where they stand in it unchanged."""
+        text, slots = _render(self.hf, prompt, response), {}
+        end = len(text)
+        for name, message in (("response", response.strip()), ("prompt", prompt.strip())):
+            start = text.rfind(message, 0, end)
+            if start >= 0:
+                slots[name] = (start, start + len(message))
+                end = start
+        return Layout(text, dict(sorted(slots.items())))
+
+
+def _render(hf: Any, prompt: str, response: str) -> str:
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    return render_chat(hf, messages, add_generation_prompt=False)

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Callable, Literal
 
-from gram_engine.data.conversation import Conversation
+from gram_engine.data.conversation import Conversation, RenderedConversation
 from gram_engine.data.schema import Pair, PreformattedRow
 from gram_engine.data.template import JudgeTemplate, Layout, Span
 from gram_engine.data.tokenizer import Tokenizer
@@ -55,7 +55,8 @@ def judge_sample(tokenizer: Tokenizer, layout: Layout, max_tokens: int, overlong
     """
 
     def build(candidate: Layout) -> Sample:
-        return Sample(tokenizer.prefix_ids + tokenizer.encode(tokenizer.wrap_user(candidate.text)))
+        prefix = tokenizer.default_prefix_ids if candidate.add_bos else tokenizer.prefix_ids
+        return Sample(prefix + tokenizer.encode(tokenizer.wrap_user(candidate.text)))
 
     return _fitting(tokenizer, layout, build, max_tokens, overlong)
 
@@ -80,12 +81,19 @@ def generate_sample(tokenizer: Tokenizer, layout: Layout, max_tokens: int, overl
 
 
 def conversation_sample(
-    tokenizer: Tokenizer, conversation: Conversation, prompt: str, response: str, max_tokens: int, overlong: Overlong
+    tokenizer: Tokenizer,
+    conversation: Conversation | RenderedConversation,
+    prompt: str,
+    response: str,
+    max_tokens: int,
+    overlong: Overlong,
 ) -> Sample:
-    """Tokens of [x, y], with the range of y as `response_a`; raises as `judge_sample`."""
+    """Tokens of [x, y], with the range of y as `response_a` where the layout knows it; raises as `judge_sample`."""
 
     def build(candidate: Layout) -> Sample:
         encoding, start = tokenizer.encoding(candidate.text), len(tokenizer.prefix_ids)
+        if "response" not in candidate.slots:
+            return Sample(tokenizer.prefix_ids + encoding.ids)
         first, end = (start + _first_token_from(encoding, character) for character in candidate.slots["response"])
         return Sample(tokenizer.prefix_ids + encoding.ids, response_a=(first, end))
 
@@ -220,7 +228,7 @@ def layout_of(row: Pair | PreformattedRow, template: JudgeTemplate, text: str, s
             return template.judge_layout(row.prompt, a, b)
         return template.generate_layout(row.prompt).followed_by(template.responses_layout(a, b))
     if text == "judge":
-        layout = template.find_judge(row.instruction) or Layout(row.instruction, {})
+        layout = template.find_judge(row.instruction) or Layout(row.instruction, {}, add_bos=template.add_bos)
     else:
         user = template.find_generate(row.instruction) or Layout(row.instruction, {})
         layout = user.followed_by(template.find_responses(row.output) or Layout(row.output, {}))

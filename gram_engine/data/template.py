@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Optional
@@ -33,13 +33,15 @@ _FIELDS = {"judge": ("prompt", "response_a", "response_b"), "generate": ("prompt
 class Layout:
     """A filled-in text with the character ranges of its slots.
 
-    `middle` is where B's opening marker begins, `target` where a stage-1 target begins; -1: unknown or none.
+    `middle` is where B's opening marker begins, `target` where a stage-1 target begins; -1: unknown or none. `add_bos` is the
+    template's.
     """
 
     text: str
     slots: dict[str, Span]
     middle: int = -1
     target: int = -1
+    add_bos: bool = False
 
     @property
     def has_responses(self) -> bool:
@@ -65,7 +67,7 @@ class Layout:
             return position - sum(min(position, end) - start for start, end in cuts if start < position)
 
         slots = {name: (moved(start), moved(end)) for name, (start, end) in self.slots.items()}
-        return Layout(text, slots, moved(self.middle), moved(self.target))
+        return Layout(text, slots, moved(self.middle), moved(self.target), self.add_bos)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,9 @@ class JudgeTemplate:
     responses_format: str
     label_a: str
     label_b: str
+    add_bos: bool = False
+    """Whether a judge prompt begins with the token that the tokenizer by default begins a text with, also where the chat
+    template writes that token itself."""
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> JudgeTemplate:
@@ -105,10 +110,14 @@ class JudgeTemplate:
         """
         if not isinstance(content, dict):
             raise ConfigError(f"{source}: a template is a mapping with the keys {', '.join(_KEYS)}.")
-        missing, unknown = sorted(_KEYS - content.keys()), sorted(map(str, content.keys() - _KEYS))
+        missing, unknown = sorted(_KEYS - content.keys()), sorted(map(str, content.keys() - _KEYS - {"add_bos"}))
         if missing or unknown:
             found = f"missing: {', '.join(missing)}" if missing else f"unknown: {', '.join(unknown)}"
             raise ConfigError(f"{source}: a template has the keys {', '.join(sorted(_KEYS))}; {found}.")
+        content = dict(content)
+        add_bos = content.pop("add_bos", False)
+        if not isinstance(add_bos, bool):
+            raise ConfigError(f"{source}: 'add_bos' is of type {type(add_bos).__name__}. Write true or false.")
         for key, value in content.items():
             if isinstance(value, bool) or not isinstance(value, _KINDS[key]):
                 wanted = "a whole number" if key == "version" else "text, in quotes where YAML would read it as something else"
@@ -123,11 +132,14 @@ class JudgeTemplate:
         if not label_a or not label_b or label_a == label_b:
             raise ConfigError(f"{source}: label_a '{label_a}' and label_b '{label_b}' must be two different words.")
         texts = (content["judge"], content["generate"], content["responses"])
-        return cls(str(content["name"]), int(content["version"]), *texts, label_a, label_b)
+        return cls(str(content["name"]), int(content["version"]), *texts, label_a, label_b, add_bos)
 
     def to_dict(self) -> dict[str, Any]:
         """The template as the mapping that a template file holds."""
-        return {key.removesuffix("_format"): value for key, value in asdict(self).items()}
+        content = {key.removesuffix("_format"): value for key, value in asdict(self).items()}
+        if not self.add_bos:
+            del content["add_bos"]  # templates have the hash that they had before there was this key
+        return content
 
     def to_yaml(self) -> str:
         """The template as the text of a template file; `load` reads it back."""
@@ -152,7 +164,8 @@ class JudgeTemplate:
 
     def judge_layout(self, prompt: str, response_a: str, response_b: str) -> Layout:
         """`judge` with the ranges of its slots."""
-        return _fill(self.judge_format, prompt=prompt, response_a=response_a, response_b=response_b)
+        layout = _fill(self.judge_format, prompt=prompt, response_a=response_a, response_b=response_b)
+        return replace(layout, add_bos=self.add_bos)
 
     def generate_layout(self, prompt: str) -> Layout:
         """`generate` with the range of its slot."""
@@ -164,7 +177,8 @@ class JudgeTemplate:
 
     def find_judge(self, text: str) -> Optional[Layout]:
         """Layout of a preformatted judge prompt, or None if it lacks a marker of this template."""
-        return _find(self.judge_format, text)
+        layout = _find(self.judge_format, text)
+        return layout and replace(layout, add_bos=self.add_bos)
 
     def find_generate(self, text: str) -> Optional[Layout]:
         """Layout of a preformatted stage-1 prompt, or None if it lacks the marker of this template."""

@@ -31,6 +31,7 @@ class Tokenizer:
 
     `chat_prefix` and `chat_suffix` are that text, with the opening of the assistant's turn at its end (empty without a chat
     template). Every sequence begins with `prefix_ids`: the beginning-of-sequence token, unless the chat template writes it.
+    `default_prefix_ids` are what the tokenizer by default begins a text with.
     Worker processes get a copy without `hf`, which is cheap to send but cannot be saved.
     """
 
@@ -45,12 +46,16 @@ class Tokenizer:
     chat_suffix: str
     strips_message: bool
     fingerprint: str
+    default_prefix_ids: list[int]
     hf: Any = None
     """The transformers tokenizer; None in worker processes."""
 
     @classmethod
-    def load(cls, tokenizer_type: str, path: str | Path) -> Tokenizer:
+    def load(cls, tokenizer_type: str, path: str | Path, any_chat_template: bool = False) -> Tokenizer:
         """Read a SentencePiece .model file or a Hugging Face tokenizer folder (auto: whichever `path` is).
+
+        Args:
+            any_chat_template: also one that changes the user's message; `wrap_user` must then not be used.
 
         Raises:
             ConfigError: the path does not exist, is not a tokenizer or has no fast version, there is no end-of-sequence token,
@@ -70,7 +75,7 @@ class Tokenizer:
         else:
             raise ConfigError(f"--tokenizer-type {tokenizer_type}: use SentencePieceTokenizer or HuggingFaceTokenizer.")
         try:
-            return cls._from_hugging_face(load(path), tokenizer_type, str(path))
+            return cls._from_hugging_face(load(path), tokenizer_type, str(path), any_chat_template)
         except GramError:
             raise
         except BaseException as error:
@@ -81,25 +86,26 @@ class Tokenizer:
             raise ConfigError(f"--tokenizer-model {path}: not a tokenizer that can be used ({reason}). Restore it.") from None
 
     @classmethod
-    def _from_hugging_face(cls, hf, tokenizer_type: str, path: str) -> Tokenizer:
+    def _from_hugging_face(cls, hf, tokenizer_type: str, path: str, any_chat_template: bool) -> Tokenizer:
         backend = hf.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
         if hf.eos_token_id is None:
             raise ConfigError(f"{path}: the tokenizer has no end-of-sequence token. Set eos_token in tokenizer_config.json.")
+        default_prefix_ids = [hf.bos_token_id] if _adds_bos(hf) else []
         if hf.chat_template is not None:
             hf.chat_template = _pin_date(_one_template(hf.chat_template, path))
-            prefix, suffix, strips = _chat_wrapping(hf, path)
+            prefix, suffix, strips = ("", "", False) if any_chat_template else _chat_wrapping(hf, path)
             prefix_ids = []
         else:
             prefix, suffix, strips = "", "", False
-            prefix_ids = [hf.bos_token_id] if _adds_bos(hf) else []
+            prefix_ids = default_prefix_ids
         vocabulary = backend.get_vocab(with_added_tokens=True)
         identity = [backend.to_str(), hf.chat_template, hf.bos_token, hf.eos_token]
         fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         return cls(
             backend, tokenizer_type, path, max(vocabulary.values()) + 1, hf.eos_token_id, hf.bos_token_id, prefix_ids,
-            prefix, suffix, strips, fingerprint, hf,
+            prefix, suffix, strips, fingerprint, default_prefix_ids, hf,
         )  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:

@@ -40,8 +40,8 @@ class BestOfNArguments(ModelArguments):
     output_dir: str
     """Folder for best_of_n.json, .md and .html, plots and scores. If the command is interrupted, rerun it to resume."""
     oracle: str = "field"
-    """field: the rows' `oracle` (for pairs: the share of its comparisons that a response wins); or the folder of another
-    reward model."""
+    """field: the rows' `oracle` (for pairs: the share of its comparisons that a response wins); or another model, as for
+    --model."""
     n: Optional[int] = None
     """Largest n; prompts with fewer responses are left out. Default: the median number of responses."""
     seed: int = 0
@@ -194,7 +194,8 @@ def _grouped(pairs: Sequence[Pair]) -> Iterator[Candidates]:
 def _scores(arguments: BestOfNArguments, lists: Sequence[Candidates]) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Scores of all candidates by proxy and oracle, for each prompt [candidates]."""
     folder = Path(arguments.output_dir)
-    oracle = None if Path(arguments.oracle).is_dir() else [_known_oracle(arguments.oracle, one) for one in lists]
+    is_model = Path(arguments.oracle).is_dir() or arguments.oracle.startswith(("http://", "https://"))
+    oracle = None if is_model else [_known_oracle(arguments.oracle, one) for one in lists]
     processes = Processes(str(folder))
     processes.from_first("candidates", lambda: _write_candidates(folder / "candidates.jsonl", lists))
     proxy = _ranked(arguments, arguments.model, folder / "proxy.jsonl")
@@ -209,7 +210,7 @@ def _write_candidates(path: Path, lists: Sequence[Candidates]) -> None:
 
 def _known_oracle(oracle: str, one: Candidates) -> np.ndarray:
     if oracle != "field":
-        raise ConfigError(f"--oracle {oracle}: neither 'field' nor the folder of a reward model.")
+        raise ConfigError(f"--oracle {oracle}: neither 'field' nor a model's folder or address.")
     if one.oracle is None:
         raise DataError(f"{one.source_location}: no field 'oracle'. Add a score of each response, or give --oracle FOLDER.")
     return np.array(one.oracle)
@@ -218,7 +219,7 @@ def _known_oracle(oracle: str, one: Candidates) -> np.ndarray:
 def _ranked(arguments: BestOfNArguments, model: str, output: Path) -> list[np.ndarray]:
     """Rewards of each list against the response that --seed draws: the same for proxy and oracle."""
     candidates = str(output.parent / "candidates.jsonl")
-    settings = {"dtype": arguments.dtype, "batch_tokens": arguments.batch_tokens, "seed": arguments.seed}
+    settings = {"seed": arguments.seed, **arguments.model_flags()}
     rank_file(RankArguments(input=candidates, output=str(output), model=model, **settings))
     return [np.array(json.loads(line)["rewards"]) for line in output.read_text(encoding="utf-8").splitlines()]
 

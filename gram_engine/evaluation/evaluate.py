@@ -143,7 +143,7 @@ def _judge(arguments: EvaluateArguments, pairs: Sequence[EvalPair]) -> tuple[lis
             yield line_of(pair, ids[number], score)
         timing.update(seconds=round(time.perf_counter() - start, 3), pairs_timed=len(own))
 
-    settings = {name: getattr(arguments, name) for name in ("suite", "dtype", "limit")}
+    settings = {"suite": arguments.suite, "limit": arguments.limit, **arguments.depends_on()}
     depends_on = fingerprint(arguments.files, arguments.model, evaluation_format=FORMAT, **settings)
     output = Path(arguments.output_dir) / SCORES
     return write_resumable(output, depends_on, pairs, make_lines, "pairs", lambda pair: pair.size), timing

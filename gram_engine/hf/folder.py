@@ -64,6 +64,8 @@ class HuggingFaceFolder:
         if extra:
             raise CheckpointError(f"{self.folder}: the engine does not know {_some(extra)}. It reads LLaMA and Qwen3.")
         for name, shape in wanted.items():
+            if name == other_head and self.entry(name).shape[0] != 1:
+                raise CheckpointError(f"{self.folder}: {self.entry(name).shape[0]} labels; one is needed.")
             if self.entry(name).shape != shape:
                 raise CheckpointError(
                     f"{self.folder}: {name} has shape {self.entry(name).shape}; config.json asks for {shape}. Use the "
@@ -102,7 +104,8 @@ def _remedy(folder: Path) -> str:
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         return (
             "Its weights are pickles, which can run code when they are opened; the engine does not. If you trust the folder, "
-            "convert it: transformers' AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
+            "convert it: CLASS.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), CLASS being transformers' class that "
+            "config.json names as 'architectures'."
         )
     return "The weights must be safetensors."
 

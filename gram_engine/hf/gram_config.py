@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from gram_engine.data.conversation import Conversation
+from gram_engine.data.conversation import Conversation, RenderedConversation
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.errors import ConfigError
 from gram_engine.files import read_json
@@ -20,7 +20,7 @@ _REMEDY = "Convert the checkpoint again."
 
 @dataclass(frozen=True)
 class GramConfig:
-    """The fields of gram_config.json that scoring needs.
+    """The fields of gram_config.json that scoring needs; for folders of others judges.py fills them in.
 
     A generative model has a template and label ids (A, B), a scalar head has a conversation.
     """
@@ -28,7 +28,9 @@ class GramConfig:
     seq_length: int
     template: Optional[JudgeTemplate] = None
     label_ids: Optional[tuple[int, int]] = None
-    conversation: Optional[Conversation] = None
+    conversation: Optional[Conversation | RenderedConversation] = None
+    pad_id: Optional[int] = None
+    """Padding that the text of another's scalar model may end in; an export's never does."""
 
 
 def read_gram_config(folder: str | Path) -> GramConfig:

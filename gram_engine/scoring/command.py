@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Callable, Iterator, Optional, Sequence, TypeVar
 
@@ -15,12 +15,15 @@ from gram_engine.config.schema import DataConfig
 from gram_engine.data.fields import row_to_list
 from gram_engine.data.readers import read_items, read_rows
 from gram_engine.data.schema import Pair, ResponseList
+from gram_engine.data.template import JudgeTemplate
 from gram_engine.errors import DataError, GramError
 from gram_engine.files import write_atomically
 from gram_engine.log import is_main_process, log
 from gram_engine.metrics import pair_metrics
+from gram_engine.scoring.judges import open_judge
 from gram_engine.scoring.resumable import fingerprint, write_resumable
-from gram_engine.scoring.scorer import Best, Dtype, Method, PairScore, RewardModelScorer, ScalarPairScore
+from gram_engine.scoring.scorer import Best, Dtype, Judge, Method, PairScore, ScalarPairScore
+from gram_engine.scoring.server.options import ServerOptions, is_address
 
 T = TypeVar("T")
 
@@ -30,15 +33,32 @@ class ModelArguments:
     """Flags of every command that scores."""
 
     model: str
-    """Folder written by `gram convert`."""
+    """Folder written by `gram convert`; or a Hugging Face folder of any language model (a zero-shot judge) or of a reward model
+    with one label; or the address of a server."""
+    template: Optional[str] = None
+    """Judge prompt of a model that has none of its own: gram-code (default), gram-eval (the authors' evaluation script),
+    gram-paper (Figure 7), or a YAML file."""
     dtype: Dtype = "auto"
     """Dtype of the weights; auto: as stored."""
+    seq_length: Optional[int] = None
+    """Tokens of a text, to which longer ones are shortened; default: what the model was trained with, or takes at most."""
     batch_tokens: Optional[int] = None
     """Tokens of a batch; default: 4,096 on a CPU, 65,536 on a GPU."""
+    server: tyro.conf.OmitArgPrefixes[ServerOptions] = field(default_factory=ServerOptions)
 
-    def scorer(self) -> RewardModelScorer:
+    def scorer(self) -> Judge:
         """The model, loaded."""
-        return RewardModelScorer.from_pretrained(self.model, self.dtype, batch_tokens=self.batch_tokens)
+        return open_judge(self.model, **self.model_flags())
+
+    def model_flags(self) -> dict[str, Any]:
+        """The flags of this class beside --model."""
+        return {name.name: getattr(self, name.name) for name in fields(ModelArguments) if name.name != "model"}
+
+    def depends_on(self) -> dict[str, Any]:
+        """What rewards depend on beside the model's files, for `fingerprint`."""
+        template = JudgeTemplate.load(self.template).sha256 if self.template else None
+        server = self.server.depends_on() if is_address(self.model) else None
+        return {"template": template, "dtype": self.dtype, "seq_length": self.seq_length, "server": server}
 
 
 @dataclass(kw_only=True)
@@ -160,26 +180,26 @@ def verdicts(lines: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
 def _run(
     arguments: FileArguments,
     items: Sequence[T],
-    make_lines: Callable[[RewardModelScorer, Sequence[T], Sequence[int]], Iterator[dict[str, Any]]],
+    make_lines: Callable[[Judge, Sequence[T], Sequence[int]], Iterator[dict[str, Any]]],
     unit: str,
     size: Callable[[T], int],
 ) -> list[dict[str, Any]]:
-    irrelevant = ("input", "output", "model", "batch_tokens", "report")
+    irrelevant = {"input", "output", "report"} | {name.name for name in fields(ModelArguments)}
     settings = {name.name: getattr(arguments, name.name) for name in fields(arguments) if name.name not in irrelevant}
-    depends_on = fingerprint([arguments.input], arguments.model, **settings)
+    depends_on = fingerprint([arguments.input], arguments.model, **arguments.depends_on(), **settings)
     return write_resumable(
         arguments.output, depends_on, items, lambda own, numbers: make_lines(arguments.scorer(), own, numbers), unit, size
     )
 
 
-def _score_lines(scorer: RewardModelScorer, pairs: Sequence[Pair], _numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+def _score_lines(scorer: Judge, pairs: Sequence[Pair], _numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
     scores = scorer.score_pairs((pair.prompt, pair.response_a, pair.response_b) for pair in pairs)
     for pair, score in zip(pairs, scores, strict=True):
         yield score_line(score, pair.source_location, pair.preference)
 
 
 def _rank_lines(
-    scorer: RewardModelScorer, lists: Sequence[ResponseList], numbers: Sequence[int], method: Method, seed: int
+    scorer: Judge, lists: Sequence[ResponseList], numbers: Sequence[int], method: Method, seed: int
 ) -> Iterator[dict[str, Any]]:
     for number, row in zip(numbers, lists, strict=True):
         if method == "reference":

@@ -8,35 +8,20 @@ layer there is one vector, the difference of the labels' two rows.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gram_engine.config.schema import ModelConfig
-from gram_engine.errors import CheckpointError, ConfigError
+from gram_engine.errors import ConfigError
 from gram_engine.hf.folder import HuggingFaceFolder
 from gram_engine.hf.mapping import EMBEDDING, LAYER, OUTPUT, SCORE, rules
-from gram_engine.kernels.attention import AttentionBounds, packed_attention, to_device
+from gram_engine.kernels.attention import packed_attention
 from gram_engine.model.rotary import cos_and_sin, inverse_frequencies, rotate
 from gram_engine.model.shapes import shape_from_hf
+from gram_engine.scoring.batch import Batch, finite
 from gram_engine.scoring.token_tree import TokenTree
-
-
-class Batch(NamedTuple):
-    """Token trees packed one after the other, on the device."""
-
-    tokens: Tensor
-    """[tokens] int64."""
-    positions: Tensor
-    """[tokens] int64, position of each token in its text."""
-    last: Tensor
-    """[texts] int64: the row of each text's last token."""
-    attention: AttentionBounds
-    """Queries: the tokens of each segment; keys: its path, which ends with the segment."""
-    last_attention: AttentionBounds
-    """Queries: the last token of each text; keys: the text."""
 
 
 class JudgeModel:
@@ -67,20 +52,20 @@ class JudgeModel:
                 parts = [source.read(name) for name in rule.hf_names(layer)]
                 joined = rule.join(parts, self.config)
                 where = f"{folder}: {rule.engine}{'' if layer is None else f' of layer {layer}'}"
-                self.weights[rule.engine, layer] = _finite(joined, where).to(self.device, self.dtype)
+                self.weights[rule.engine, layer] = finite(joined, where).to(self.device, self.dtype)
         if has_score:
             direction = source.read(SCORE.engine)[0].float()
         else:
             name = (OUTPUT if self.config.untie_embeddings_and_output_weights else EMBEDDING).hf[0]
             row_a, row_b = (source.read(name, (token, token + 1))[0].to(self.dtype).float() for token in label_ids)
             direction = row_a - row_b
-        self.direction = _finite(direction, f"{folder}: the labels' output rows").to(self.device)
+        self.direction = finite(direction, f"{folder}: the labels' output rows").to(self.device)
         self.inverse_frequencies = inverse_frequencies(self.config).to(self.device)
 
     @torch.inference_mode()
     def margins(self, tree: TokenTree) -> Tensor:
         """Z_A - Z_B, or a scalar head's reward, at the end of each text of the tree: [texts] fp32."""
-        batch = self._batch(tree)
+        batch = Batch.of(tree, self.device)
         turn = cos_and_sin(batch.positions, self.inverse_frequencies, self.dtype)
         hidden = F.embedding(batch.tokens, self.weights[EMBEDDING.engine, None])
         for layer in range(self.config.num_layers):
@@ -120,28 +105,3 @@ class JudgeModel:
     def _norm(self, hidden: Tensor, name: str, layer: int | None) -> Tensor:
         weight = self.weights[name, layer]
         return F.rms_norm(hidden, weight.shape, weight, self.config.norm_epsilon)
-
-    def _batch(self, tree: TokenTree) -> Batch:
-        sizes = torch.tensor([len(tokens) for tokens in tree.tokens])
-        ends = sizes.cumsum(0)[tree.leaves]
-        rows = list(torch.arange(tree.size).split(sizes.tolist()))
-        paths = [torch.cat([rows[part] for part in tree.path(segment)]) for segment in range(len(rows))]
-        positions = [torch.arange(start, start + len(part)) for start, part in zip(tree.starts, tree.tokens, strict=True)]
-        return Batch(
-            tokens=to_device(torch.tensor([token for part in tree.tokens for token in part]), self.device),
-            positions=to_device(torch.cat(positions), self.device),
-            last=to_device(ends - 1, self.device),
-            attention=_attention(sizes, paths).to(self.device),
-            last_attention=_attention(torch.ones_like(ends), [paths[leaf] for leaf in tree.leaves]).to(self.device),
-        )
-
-
-def _attention(queries: Tensor, paths: list[Tensor]) -> AttentionBounds:
-    """Bounds from the number of queries [sequences] and the rows of the keys of each sequence."""
-    return AttentionBounds.of_rows(queries, torch.tensor([len(path) for path in paths]), torch.cat(paths))
-
-
-def _finite(tensor: Tensor, what: str) -> Tensor:
-    if not torch.isfinite(tensor).all():
-        raise CheckpointError(f"{what} holds NaN or infinity. Export another checkpoint.")
-    return tensor

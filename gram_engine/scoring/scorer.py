@@ -1,13 +1,20 @@
-"""Rewards from an exported folder, for pairs, lists and best-of-n: Eq. 3 over both orders, or a scalar head's (Eq. 1)."""
+"""Rewards of pairs, lists and best-of-n: Eq. 3 over both orders of a pair, or a scalar model's rewards (Eq. 1).
+
+`Judge` and `ScalarJudge` hold what does not depend on where a model runs; `RewardModelScorer` and `ScalarScorer` run one here,
+those of server.py ask a server. `open_judge` (judges.py) opens any of them.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterable, Iterator, Literal, NamedTuple, Optional, Sequence
+from typing import Iterable, Iterator, Literal, NamedTuple, Optional, Protocol, Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from gram_engine.data.samples import Sample, conversation_sample, judge_sample, label_ids
 from gram_engine.data.tokenizer import Tokenizer
@@ -55,6 +62,14 @@ class ScalarPairScore(PairScore):
 
 
 @dataclass(frozen=True)
+class ServerPairScore(PairScore):
+    """A pair by a server's verdicts."""
+
+    unparsable: int
+    """How many of the two answers hold no verdict or are refusals. Such a verdict is even: its margin is 0."""
+
+
+@dataclass(frozen=True)
 class Ranking:
     """Responses to one prompt, judged against one of them (section 4.4) or, by a scalar head, each on its own."""
 
@@ -98,39 +113,15 @@ class JudgedGroup(NamedTuple):
         return cls(margins, any(sample.truncated for sample in samples), sum(len(sample.tokens) for sample in samples))
 
 
-class RewardModelScorer:
-    """A reward model in a Hugging Face folder, with the template and the label tokens it was trained with."""
+class Judge(ABC):
+    """Says which of two responses is better: the logits of the labels A and B, for any number of comparisons."""
 
-    def __init__(self, model: JudgeModel, tokenizer: Tokenizer, gram: GramConfig, batch_tokens: Optional[int] = None):
-        self.model, self.tokenizer = model, tokenizer
-        self.gram, self.template, self.max_tokens = gram, gram.template, gram.seq_length
-        self.batch_tokens = batch_tokens or (BATCH_TOKENS_CPU if model.device.type == "cpu" else BATCH_TOKENS_GPU)
+    @abstractmethod
+    def _judge(self, groups: Iterable[Sequence[Comparison]]) -> Iterator[JudgedGroup]:
+        """The verdict on each group of comparisons, in the order given."""
 
-    @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, dtype: Dtype = "auto", device: Optional[str] = None, batch_tokens: Optional[int] = None
-    ) -> RewardModelScorer:
-        """Load an exported folder, one of a scalar head as a ScalarScorer; on a GPU where there is one.
-
-        Args:
-            dtype: of the weights, as torch names it; "auto": as stored.
-            batch_tokens: tokens that run at once; None: 4,096 on a CPU, 65,536 on a GPU.
-
-        Raises:
-            ConfigError: the folder is not an export of this engine, or its parts do not fit together.
-            CheckpointError: its weights are missing, damaged or not finite.
-        """
-        gram = read_gram_config(folder)
-        tokenizer = Tokenizer.load("HuggingFaceTokenizer", folder)
-        model = JudgeModel(folder, gram.label_ids, dtype, device or default_device())
-        if gram.conversation is not None:
-            return ScalarScorer(model, tokenizer, gram, batch_tokens)
-        if label_ids(tokenizer, gram.template) != gram.label_ids:
-            raise ConfigError(
-                f"{folder}: {GRAM_CONFIG} has the label tokens {list(gram.label_ids)}, the tokenizer gives "
-                f"{list(label_ids(tokenizer, gram.template))}. One of them was changed: convert the checkpoint again."
-            )
-        return cls(model, tokenizer, gram, batch_tokens)
+    def close(self) -> None:  # noqa: B027 (a local judge holds nothing)
+        """Release what the judge holds open; one behind a server also logs what its verdicts cost."""
 
     def score(self, prompt: str, response: str, reference: str) -> float:
         """Reward of a response against a reference, in [0, 1] (Eq. 3)."""
@@ -194,37 +185,12 @@ class RewardModelScorer:
             standing = winners + standing[len(met) :]
         return Best(standing[0], len(responses) - 1)
 
-    def _judge(self, groups: Iterable[Sequence[tuple[str, ...]]]) -> Iterator[JudgedGroup]:
-        """The verdict on each group of texts, in the order given; texts of a group share the prefixes they have."""
-        waiting: deque[list[Sample]] = deque()
-        tree, margins = TokenTree(), np.empty(0)
-        for group in groups:
-            waiting.append([self._sample(comparison) for comparison in group])
-            for piece in _pieces(waiting[-1], 2 * self.batch_tokens):
-                tree.add([sample.tokens for sample in piece])
-                if tree.size >= self.batch_tokens:
-                    margins, tree = np.append(margins, self._run(tree)), TokenTree()
-            while waiting and len(waiting[0]) <= len(margins):
-                samples = waiting.popleft()
-                yield JudgedGroup.of(margins[: len(samples)], samples)
-                margins = margins[len(samples) :]
-        margins = np.append(margins, self._run(tree)) if tree.leaves else margins
-        for samples in waiting:
-            yield JudgedGroup.of(margins[: len(samples)], samples)
-            margins = margins[len(samples) :]
 
-    def _sample(self, comparison: Comparison) -> Sample:
-        return judge_sample(self.tokenizer, self.template.judge_layout(*comparison), self.max_tokens, "truncate")
+class ScalarJudge(Judge):
+    """Gives each response a reward of its own; pairs go by the difference (Eq. 1).
 
-    def _run(self, tree: TokenTree) -> np.ndarray:
-        return self.model.margins(tree).double().cpu().numpy()
-
-
-class ScalarScorer(RewardModelScorer):
-    """A reward model with a scalar head: each response has a reward of its own, pairs go by the difference (Eq. 1)."""
-
-    def _sample(self, text: tuple[str, str]) -> Sample:
-        return conversation_sample(self.tokenizer, self.gram.conversation, *text, self.max_tokens, "truncate")
+    `_judge` takes groups of (prompt, response) and gives their rewards.
+    """
 
     def reward(self, prompt: str, response: str) -> float:
         """Reward of a response: any real number, comparable within one prompt."""
@@ -253,6 +219,93 @@ class ScalarScorer(RewardModelScorer):
     def best_of_n(self, prompt: str, responses: Sequence[str], method: Method = "reference", seed: int = 0) -> Best:
         """The response of the highest reward, whatever the method: no comparisons. Raises as `rank`."""
         return Best(self.rank(prompt, responses).order[0], 0)
+
+
+class LocalModel(Protocol):
+    """A model that runs here: JudgeModel or TransformersModel."""
+
+    device: torch.device
+
+    def margins(self, tree: TokenTree) -> Tensor:
+        """Z_A - Z_B, or a scalar model's reward, at the end of each text of the tree: [texts] fp32."""
+
+
+class RewardModelScorer(Judge):
+    """A judge that runs here, with its template and label tokens."""
+
+    def __init__(self, model: LocalModel, tokenizer: Tokenizer, gram: GramConfig, batch_tokens: Optional[int] = None):
+        self.model, self.tokenizer = model, tokenizer
+        self.gram, self.template, self.max_tokens = gram, gram.template, gram.seq_length
+        self.batch_tokens = batch_tokens or default_batch_tokens(model.device)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, dtype: Dtype = "auto", device: Optional[str] = None, batch_tokens: Optional[int] = None
+    ) -> RewardModelScorer:
+        """Load an exported folder, one of a scalar head as a ScalarScorer; on a GPU where there is one.
+
+        `open_judge` (judges.py) opens these and all other models.
+
+        Args:
+            dtype: of the weights, as torch names it; "auto": as stored.
+            batch_tokens: tokens that run at once; None: 4,096 on a CPU, 65,536 on a GPU.
+
+        Raises:
+            ConfigError: the folder is not an export of this engine, or its parts do not fit together.
+            CheckpointError: its weights are missing, damaged or not finite.
+        """
+        gram = read_gram_config(folder)
+        tokenizer = Tokenizer.load("HuggingFaceTokenizer", folder)
+        model = JudgeModel(folder, gram.label_ids, dtype, device or default_device())
+        if gram.conversation is not None:
+            return ScalarScorer(model, tokenizer, gram, batch_tokens)
+        if label_ids(tokenizer, gram.template) != gram.label_ids:
+            raise ConfigError(
+                f"{folder}: {GRAM_CONFIG} has the label tokens {list(gram.label_ids)}, the tokenizer gives "
+                f"{list(label_ids(tokenizer, gram.template))}. One of them was changed: convert the checkpoint again."
+            )
+        return cls(model, tokenizer, gram, batch_tokens)
+
+    def _judge(self, groups: Iterable[Sequence[tuple[str, ...]]]) -> Iterator[JudgedGroup]:
+        """The verdict on each group of texts, in the order given; texts of a group share the prefixes they have."""
+        waiting: deque[list[Sample]] = deque()
+        tree, margins = TokenTree(), np.empty(0)
+        for group in groups:
+            waiting.append([self._sample(comparison) for comparison in group])
+            for piece in _pieces(waiting[-1], 2 * self.batch_tokens):
+                tree.add([sample.tokens for sample in piece])
+                if tree.size >= self.batch_tokens:
+                    margins, tree = np.append(margins, self._run(tree)), TokenTree()
+            while waiting and len(waiting[0]) <= len(margins):
+                samples = waiting.popleft()
+                yield JudgedGroup.of(margins[: len(samples)], samples)
+                margins = margins[len(samples) :]
+        margins = np.append(margins, self._run(tree)) if tree.leaves else margins
+        for samples in waiting:
+            yield JudgedGroup.of(margins[: len(samples)], samples)
+            margins = margins[len(samples) :]
+
+    def _sample(self, comparison: Comparison) -> Sample:
+        return judge_sample(self.tokenizer, self.template.judge_layout(*comparison), self.max_tokens, "truncate")
+
+    def _run(self, tree: TokenTree) -> np.ndarray:
+        return self.model.margins(tree).double().cpu().numpy()
+
+
+class ScalarScorer(ScalarJudge, RewardModelScorer):
+    """A scalar reward model that runs here."""
+
+    def _sample(self, text: tuple[str, str]) -> Sample:
+        sample = conversation_sample(self.tokenizer, self.gram.conversation, *text, self.max_tokens, "truncate")
+        # transformers reads the reward at the last token that is not padding, also where the text itself ends in padding.
+        while sample.tokens[-1] == self.gram.pad_id and len(sample.tokens) > 1:
+            sample.tokens.pop()
+        return sample
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Tokens that run at once."""
+    return BATCH_TOKENS_CPU if device.type == "cpu" else BATCH_TOKENS_GPU
 
 
 def _pieces(samples: list[Sample], most: int) -> Iterator[list[Sample]]:

@@ -35,6 +35,15 @@ class TokenTree:
         """Tokens to compute."""
         return sum(map(len, self.tokens))
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return max(self.starts[leaf] + len(self.tokens[leaf]) for leaf in self.leaves)
+
+    def texts(self) -> list[list[int]]:
+        """The texts, each from its beginning."""
+        return [[token for part in self.path(leaf) for token in self.tokens[part]] for leaf in self.leaves]
+
     def add(self, texts: Sequence[list[int]]) -> None:
         """Add texts; prefixes are shared among the new texts, not with those already in the tree."""
         first = len(self.leaves)
