@@ -378,7 +378,7 @@ def test_server_killed_and_restarted_in_the_middle(rows, tmp_path):
                         process = start_server(port, tmp_path / "log", 0.02)
                     yield line
 
-            write_resumable(output, {}, pairs, make_lines, "pairs")
+            write_resumable(output, {}, pairs, make_lines, "pairs", len)
             usage = judge.usage
     finally:
         process.kill()
@@ -402,7 +402,7 @@ def score_until_killed(url, answers, output, rows):
                 os.kill(os.getpid(), signal.SIGKILL)
             yield line
 
-    write_resumable(output, {}, pairs_of(rows), make_lines, "pairs")
+    write_resumable(output, {}, pairs_of(rows), make_lines, "pairs", len)
 
 
 def test_a_killed_command_asks_nothing_twice(server, tmp_path):
@@ -415,7 +415,7 @@ def test_a_killed_command_asks_nothing_twice(server, tmp_path):
     time.sleep(0.1)
     before = server.received
     with judge_at(server.url, server_answers=str(answers)) as judge:
-        lines = write_resumable(output, {}, pairs_of(rows), lambda rest, _: lines_of(judge, rest), "pairs")
+        lines = write_resumable(output, {}, pairs_of(rows), lambda own, _: lines_of(judge, own), "pairs", len)
     assert server.received - before == 1 + 2 * rows - len(kept), "the trial, and what had no answer yet"
     np.testing.assert_allclose(
         [[line["margin"], line["exchanged_margin"]] for line in lines], true_margins(pairs_of(rows)), atol=1e-9
