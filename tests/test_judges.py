@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from gram_engine.config.schema import ModelConfig
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import PINNED_DATE
 from gram_engine.errors import CheckpointError, ConfigError
 from gram_engine.evaluation import best_of_n
+from gram_engine.hf.folder import HuggingFaceFolder
 from gram_engine.kernels.attention import AttentionBounds
+from gram_engine.model.shapes import shape_from_hf
 from gram_engine.scoring import command, transformers_model
 from gram_engine.scoring.judge_model import JudgeModel
 from gram_engine.scoring.judges import open_judge
@@ -308,6 +311,8 @@ def test_folders_that_are_no_judges_are_named(write, tmp_path):
     refused(two, ConfigError, "config.json: 2 labels; one is needed")
     two = write("llama", "ForSequenceClassification", num_labels=2)
     refused(two, ConfigError, "config.json: 2 labels; one is needed")
+    with pytest.raises(CheckpointError, match="2 labels; one is needed"):  # as --load-hf
+        HuggingFaceFolder(two).check(ModelConfig(**shape_from_hf(two)), other_head="score.weight")
     own = changed(qwen, tmp_path / "own", architectures=["LlamaForRewardModelWithGating"], auto_map={"AutoModel": "modeling.X"})
     refused(own, ConfigError, r"LlamaForRewardModelWithGating is code of the model's own \(auto_map\), which is not run. Serve")
     encoder = changed(qwen, tmp_path / "encoder", architectures=["BertForMaskedLM"])
@@ -335,6 +340,9 @@ def test_weights_that_cannot_be_used_are_named(write, tmp_path):
     tensors = load_file(write("qwen2") / "model.safetensors")
     lacking = {name: tensor for name, tensor in tensors.items() if "layers.1.mlp" not in name}
     refused(with_weights("lacking", lacking), CheckpointError, "3 weights are missing or have another shape: model.layers.1")
+    loud = with_weights("loud", {name: tensor * (3e4 if "down_proj" in name else 1) for name, tensor in tensors.items()})
+    with pytest.raises(ConfigError, match="results are not finite in float16. Give --dtype bfloat16 or"):
+        open_judge(loud, template=TEMPLATE, dtype="float16").compare(*PAIRS[0])
     tensors["model.norm.weight"][5] = float("inf")
     refused(with_weights("infinite", tensors), CheckpointError, "model.norm.weight holds NaN or infinity")
     cut = shutil.copytree(write("qwen2"), tmp_path / "cut")

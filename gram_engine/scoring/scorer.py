@@ -225,6 +225,7 @@ class LocalModel(Protocol):
     """A model that runs here: JudgeModel or TransformersModel."""
 
     device: torch.device
+    dtype: torch.dtype
 
     def margins(self, tree: TokenTree) -> Tensor:
         """Z_A - Z_B, or a scalar model's reward, at the end of each text of the tree: [texts] fp32."""
@@ -289,7 +290,11 @@ class RewardModelScorer(Judge):
         return judge_sample(self.tokenizer, self.template.judge_layout(*comparison), self.max_tokens, "truncate")
 
     def _run(self, tree: TokenTree) -> np.ndarray:
-        return self.model.margins(tree).double().cpu().numpy()
+        margins = self.model.margins(tree).double().cpu().numpy()
+        if not np.isfinite(margins).all():
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            raise ConfigError(f"the model's results are not finite in {dtype}. Give --dtype bfloat16 or --dtype float32.")
+        return margins
 
 
 class ScalarScorer(ScalarJudge, RewardModelScorer):

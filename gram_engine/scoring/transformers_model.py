@@ -109,7 +109,7 @@ class TransformersModel:
     def _packed(self, tree: TokenTree) -> Tensor:
         batch = Batch.of(tree, self.device)
         inputs = {"input_ids": batch.tokens[None], "position_ids": batch.positions[None], "use_cache": False}
-        self.model.set_attn_implementation(PACKED)
+        self._attend_by(PACKED)
         passed = _Pass(batch.attention)
         token = _PASS.set(passed)
         try:
@@ -121,7 +121,6 @@ class TransformersModel:
                     margins = _difference(self.model(**inputs).logits[0])
         finally:
             _PASS.reset(token)
-            self.model.set_attn_implementation(self._own_attention)
         if passed.calls != self.config.num_hidden_layers:
             raise CannotPack("not every layer is attention")
         return margins.float()
@@ -133,10 +132,16 @@ class TransformersModel:
         tokens = torch.full(mask.shape, self.config.pad_token_id or 0, device=self.device)
         tokens[mask.bool()] = torch.tensor([token for text in texts for token in text], device=self.device)
         inputs = {"input_ids": tokens, "attention_mask": mask}
+        self._attend_by(self._own_attention)
         if self.head is None:
             return self.model(**inputs).logits[:, 0].float()
         with self.head.at((lengths - 1)[:, None].to(self.device)):
             return _difference(self.model(**inputs, use_cache=False).logits[:, 0])
+
+    def _attend_by(self, implementation: str) -> None:
+        """Switch the model to an attention implementation of transformers' table."""
+        if self.model.config._attn_implementation != implementation:
+            self.model.set_attn_implementation(implementation)
 
     def _padded_batches(self, numbers: Sequence[int], texts: Sequence[list[int]]) -> Iterator[list[int]]:
         """Numbers of texts, which ascend by length; texts that are `longest` at most are not joined with longer ones."""
