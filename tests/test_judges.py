@@ -23,6 +23,7 @@ from gram_engine.scoring.scorer import RewardModelScorer, ScalarScorer
 from gram_engine.scoring.transformers_model import CannotPack, TransformersModel
 from tests.conftest import TEMPLATE
 from tests.support.judge_models import WINDOW, write_model
+from tests.support.judge_server import JudgeServer, completion, true_margin, with_logprobs
 from tests.support.reward_folder import PAIRS
 
 PACKED = ("qwen2", "mistral", "gemma3", "phi3", "gpt_neox", "gpt2", "granite", "mixtral")
@@ -277,6 +278,27 @@ def test_every_command_takes_such_models(write, tmp_path, capfd):
     assert "model: scalar reward model, Qwen2ForSequenceClassification" in err
     oracle = [json.loads(line)["rewards"] for line in (tmp_path / "best" / "oracle.jsonl").read_text().splitlines()]
     np.testing.assert_allclose(oracle[0], naive_scalars(scalar, [("which 0", text) for text in RESPONSES[:4]]), atol=1e-5)
+
+
+def test_an_address_is_asked_for_rewards(tmp_path, capfd):
+    template = JudgeTemplate.load("gram-code")
+
+    def reply(body):
+        return completion("It depends.") if "5 what" in body["messages"][0]["content"] else with_logprobs(body)
+
+    rows = [{"prompt": prompt, "chosen": a, "rejected": b} for prompt, a, b in PAIRS]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [str(tmp_path / name) for name in ("in.jsonl", "out.jsonl")]
+    with JudgeServer(reply=reply) as server:
+        command.main([*files, "--model", server.url, "--server-model", "judge", "--server-concurrency", "4"])
+        best_of_n.main([files[0], "--model", server.url, "--server-model", "judge", "--output-dir", str(tmp_path / "best")])
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    margins = [true_margin(template.judge(*pair)) if number != 5 else 0.0 for number, pair in enumerate(PAIRS)]
+    np.testing.assert_allclose([line["margin"] for line in lines], margins, atol=1e-9)
+    assert [line["unparsable"] for line in lines] == [0] * 5 + [2, 0]
+    out, err = capfd.readouterr()
+    assert json.loads(out[: out.index("}") + 1])["pairs"] == 7 and "14 answers" in err
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl", "best"}, "answers are kept no longer"
 
 
 def test_results_of_another_template_are_not_continued(tmp_path):

@@ -93,6 +93,9 @@ class FixedScorer:
         for _, (given, swapped) in zip(pairs, self.margins, strict=True):
             yield PairScore(float(reward_of_first(given, swapped)), given, swapped, False)
 
+    def close(self):
+        pass
+
 
 @pytest.mark.parametrize(
     "margins, accuracy",
@@ -106,7 +109,7 @@ def test_score_and_evaluate_agree_on_ties_and_even_rewards(margins, accuracy, mo
     rows = [{"prompt": f"{n}", "response_a": "a", "response_b": "bb", "label": label} for n, label in enumerate(labels)]
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(ModelArguments, "scorer", lambda _: FixedScorer(margins))
+    monkeypatch.setattr(ModelArguments, "scorer", lambda *_: FixedScorer(margins))
     scored = score_file(ScoreArguments(input=str(file), output=str(tmp_path / "scores.jsonl"), model="model"))
     report = evaluate(EvaluateArguments(files=(str(file),), model="model", output_dir=str(tmp_path / "out")))
     assert scored["accuracy"] == report["figures"]["accuracy"] == report["all"]["accuracy"] == pytest.approx(accuracy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator, Optional, Sequence
@@ -19,7 +20,7 @@ from gram_engine.evaluation.suites import SUITES, read_eval_pairs
 from gram_engine.files import write_json
 from gram_engine.log import is_main_process, log
 from gram_engine.metrics import accuracy, expected_calibration_error, pair_metrics
-from gram_engine.scoring.command import ModelArguments, verdicts
+from gram_engine.scoring.command import ModelArguments, forget_answers, verdicts
 from gram_engine.scoring.resumable import fingerprint, write_resumable
 
 
@@ -134,19 +135,21 @@ def _judge(arguments: EvaluateArguments, pairs: Sequence[EvalPair]) -> tuple[lis
     These are the pairs that this process judged now: without those of an interrupted command and those of other processes.
     """
     ids, timing = list(pair_ids(pairs)), {"seconds": 0.0, "pairs_timed": 0}
+    output = Path(arguments.output_dir) / SCORES
 
     def make_lines(own: Sequence[EvalPair], numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-        scorer = arguments.scorer()
-        start = time.perf_counter()
-        scores = scorer.score_pairs((pair.prompt, pair.a, pair.b) for pair in own)
-        for pair, number, score in zip(own, numbers, scores, strict=True):
-            yield line_of(pair, ids[number], score)
-        timing.update(seconds=round(time.perf_counter() - start, 3), pairs_timed=len(own))
+        with closing(arguments.scorer(output)) as judge:
+            start = time.perf_counter()
+            scores = judge.score_pairs((pair.prompt, pair.a, pair.b) for pair in own)
+            for pair, number, score in zip(own, numbers, scores, strict=True):
+                yield line_of(pair, ids[number], score)
+            timing.update(seconds=round(time.perf_counter() - start, 3), pairs_timed=len(own))
 
     settings = {"suite": arguments.suite, "limit": arguments.limit, **arguments.depends_on()}
     depends_on = fingerprint(arguments.files, arguments.model, evaluation_format=FORMAT, **settings)
-    output = Path(arguments.output_dir) / SCORES
-    return write_resumable(output, depends_on, pairs, make_lines, "pairs", lambda pair: pair.size), timing
+    lines = write_resumable(output, depends_on, pairs, make_lines, "pairs", lambda pair: pair.size)
+    forget_answers(output)
+    return lines, timing
 
 
 def _as_rewardbench_writes(report: dict[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any, Callable, Iterator, Optional, Sequence, TypeVar
 
 import numpy as np
@@ -22,8 +24,8 @@ from gram_engine.log import is_main_process, log
 from gram_engine.metrics import pair_metrics
 from gram_engine.scoring.judges import open_judge
 from gram_engine.scoring.resumable import fingerprint, write_resumable
-from gram_engine.scoring.scorer import Best, Dtype, Judge, Method, PairScore, ScalarPairScore
-from gram_engine.scoring.server.options import ServerOptions, is_address
+from gram_engine.scoring.scorer import Best, Dtype, Judge, Method, PairScore, ScalarPairScore, ServerPairScore
+from gram_engine.scoring.server.options import ServerOptions, answers_file, is_address
 
 T = TypeVar("T")
 
@@ -46,9 +48,10 @@ class ModelArguments:
     """Tokens of a batch; default: 4,096 on a CPU, 65,536 on a GPU."""
     server: tyro.conf.OmitArgPrefixes[ServerOptions] = field(default_factory=ServerOptions)
 
-    def scorer(self) -> Judge:
-        """The model, loaded."""
-        return open_judge(self.model, **self.model_flags())
+    def scorer(self, output: Optional[str | Path] = None) -> Judge:
+        """The model, loaded; a server's answers are kept beside `output`, until `forget_answers`."""
+        server = self.server.keeping_answers_beside(output) if output else self.server
+        return open_judge(self.model, **{**self.model_flags(), "server": server})
 
     def model_flags(self) -> dict[str, Any]:
         """The flags of this class beside --model."""
@@ -158,6 +161,8 @@ def score_line(score: PairScore, source_location: str, preference: float) -> dic
         "exchanged_margin": score.swapped_margin,
         "truncated": score.truncated,
     }
+    if isinstance(score, ServerPairScore):
+        line["unparsable"] = score.unparsable
     return {**line, "rewards": score.rewards} if isinstance(score, ScalarPairScore) else line
 
 
@@ -187,9 +192,20 @@ def _run(
     irrelevant = {"input", "output", "report"} | {name.name for name in fields(ModelArguments)}
     settings = {name.name: getattr(arguments, name.name) for name in fields(arguments) if name.name not in irrelevant}
     depends_on = fingerprint([arguments.input], arguments.model, **arguments.depends_on(), **settings)
-    return write_resumable(
-        arguments.output, depends_on, items, lambda own, numbers: make_lines(arguments.scorer(), own, numbers), unit, size
-    )
+
+    def lines_of(own: Sequence[T], numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+        with closing(arguments.scorer(arguments.output)) as judge:
+            yield from make_lines(judge, own, numbers)
+
+    lines = write_resumable(arguments.output, depends_on, items, lines_of, unit, size)
+    forget_answers(arguments.output)
+    return lines
+
+
+def forget_answers(output: str | Path) -> None:
+    """Remove the answers of a server that were kept beside an output, which is complete now."""
+    if is_main_process():
+        answers_file(output).unlink(missing_ok=True)
 
 
 def _score_lines(scorer: Judge, pairs: Sequence[Pair], _numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
