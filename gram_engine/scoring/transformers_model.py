@@ -163,7 +163,7 @@ class TransformersModel:
             return "its attention cannot be replaced"
         if self.model._is_stateful or kinds:
             return f"it has other layers than attention over the whole text {sorted(kinds) or ''}".rstrip()
-        if self.head is None and not (hasattr(self.model, "score") and hasattr(self.model, "base_model")):
+        if self.head is None and not hasattr(self.model, "score"):
             return "its head is not a linear layer at the last token"
         if own is None:
             return f"a text may have {self.longest} tokens at most"
@@ -171,7 +171,7 @@ class TransformersModel:
             with torch.inference_mode():
                 difference = (self._packed(TokenTree.of(probe)) - own).abs().max()
         except (CannotPack, TypeError) as reason:
-            return str(reason)
+            return one_line(reason)
         if difference > TOLERANCE.get(self.dtype, 0.3) * own.std():
             return f"packed texts give other results, by up to {float(difference):.1g}"
         return None
@@ -181,8 +181,8 @@ class TransformersModel:
         draw, size = torch.Generator().manual_seed(0), self.config.vocab_size
 
         def text(length: int) -> list[int]:
-            tokens = torch.randint(size, (length,), generator=draw).tolist()
-            return [(token + 1) % size if token == self.config.pad_token_id else token for token in tokens]
+            tokens = torch.randint(size // 4, size // 2, (length,), generator=draw).tolist()  # no special ones
+            return [token + 1 if token == self.config.pad_token_id else token for token in tokens]
 
         shared = text(LEAST_SHARED + 1)
         texts = [shared + text(length) for length in PROBE_LENGTHS] + [text(LEAST_SHARED)]
