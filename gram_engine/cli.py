@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+import select
 import sys
+from typing import Any, Callable
 
 COMMANDS = {
     "pretrain": ("gram_engine.training.main:pretrain", "stage 1: learn to generate both responses (no labels)"),
@@ -24,8 +27,41 @@ COMMANDS = {
 }
 
 
+READER_IS_GONE = 141
+"""Exit status of a command whose output nobody reads any more: what a shell shows for a program that SIGPIPE ended."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command that `argv` (default: the command line) names."""
+    run(_main, argv)
+
+
+def run(command: Callable[..., Any], *arguments: Any) -> None:
+    """Call a command's function; end silently with READER_IS_GONE if the program that read its output has ended (`| head`).
+
+    Any other broken pipe stays an error.
+    """
+    try:
+        try:
+            command(*arguments)
+        except SystemExit:
+            print(end="", flush=True)
+            raise
+        print(end="", flush=True)  # else Python writes the rest while it exits, where an error can no longer be caught
+    except BrokenPipeError:
+        if not _nobody_reads_stdout():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(READER_IS_GONE) from None
+
+
+def _nobody_reads_stdout() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are reported without being asked for
+    return bool(poll.poll(0))
+
+
+def _main(argv: list[str] | None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     for words in (2, 1):
         name = " ".join(argv[:words])

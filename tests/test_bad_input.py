@@ -5,6 +5,8 @@ import io
 import json
 import os
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,3 +119,35 @@ def test_data_of_the_other_stage_is_refused(tiny_data):
         "--train-iters", "1",
     )  # fmt: skip
     assert status == 2 and "made for --objective response-lm, this run's is pair-preference" in output
+
+
+def output_that_nobody_reads(command, *arguments):
+    """Call command(*arguments), with standard output into a pipe whose reader has ended."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    command(*arguments)
+
+
+def script(name, *arguments):
+    sys.argv = [name, *arguments]
+    runpy.run_path(str(Path(__file__).parents[1] / "tools" / name), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    "command, arguments",
+    [(cli.main, (["finetune", "--help"],)), (cli.main, (["--help"],)), (script, ("score.py", "--help"))],
+    ids=["gram finetune --help", "gram --help", "tools/score.py --help"],
+)
+def test_a_reader_that_ends_early_ends_the_command_silently(command, arguments):
+    status, output = run_alone(output_that_nobody_reads, command, *arguments)
+    assert (status, output) == (cli.READER_IS_GONE, "")
+
+
+def lost_connection():
+    raise BrokenPipeError("a server went away")
+
+
+def test_any_other_broken_pipe_stays_an_error():
+    status, output = run_alone(cli.run, lost_connection)
+    assert status == 1 and "a server went away" in output

@@ -48,9 +48,10 @@ def fifty_steps(prefix, tokenizer_model, folder, flags):
     return losses, [[int(numbers[i]) for pack in packs for i in pack.sample_ids] for packs in batches]
 
 
-def as_texts(rows, numbers, eos):
+def as_texts(rows, numbers, tokenizer):
     """The pairs' first texts, then their second ones."""
-    return [f"{rows[i]['prompt']}\n\n{rows[i][name]}{eos}" for name in ("response_a", "response_b") for i in numbers]
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    return [f"{bos}{rows[i]['prompt']}\n\n{rows[i][name]}{eos}" for name in ("response_a", "response_b") for i in numbers]
 
 
 def test_fifty_steps_equal_those_of_transformers(pool, pairs, tmp_path):
@@ -65,7 +66,7 @@ def test_fifty_steps_equal_those_of_transformers(pool, pairs, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(start)
 
     def rewards(model, numbers):
-        padded = tokenizer(as_texts(rows, numbers, tokenizer.eos_token), padding=True, return_tensors="pt")
+        padded = tokenizer(as_texts(rows, numbers, tokenizer), padding=True, return_tensors="pt")
         return model(padded.input_ids, attention_mask=padded.attention_mask).logits[:, 0].unflatten(0, (2, -1))
 
     model = AutoModelForSequenceClassification.from_pretrained(start)

@@ -156,6 +156,8 @@ def test_from_rows_to_scores(pool, tiny_data, tmp_path, capsys):
     (metrics,) = pool.run(trained, 1, [*flags, "--sft-loss-weight", "0.001"])
     assert metrics.keys() >= {"loss", "accuracy", "margin", "sft_loss"} and "swap_consistency" not in metrics
     command.main(["--load", str(tmp_path / "run"), "--save", str(folder), "--verify"])
+    card = (folder / "README.md").read_text()
+    assert "Trained with gram_engine, objective `bradley-terry`, checkpoint `iter_0000012`" in card
     with pytest.raises(SystemExit):
         command.main(["--load", str(tmp_path / "run"), "--save", str(tmp_path / "lm"), "--head", "causal-lm"])
     assert "was trained with --objective bradley-terry. Leave --head out" in capsys.readouterr().err
@@ -164,7 +166,8 @@ def test_from_rows_to_scores(pool, tiny_data, tmp_path, capsys):
     assert type(model).__name__ == "Qwen3ForSequenceClassification" and model.config.num_labels == 1
     assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
     rows = [json.loads(line) for line in open(jsonl)]
-    texts = [f"{row['prompt']}\n\n{row[name]}{tokenizer.eos_token}" for row in rows for name in ("chosen", "rejected")]
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    texts = [f"{bos}{row['prompt']}\n\n{row[name]}{eos}" for row in rows for name in ("chosen", "rejected")]
     with torch.no_grad():
         wanted = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.view(-1, 2).double().numpy()
 

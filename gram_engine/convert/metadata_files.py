@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Optional
 
-from gram_engine.checkpoint.folder import DATA_MANIFEST, SOURCE, TEMPLATE, TOKENIZER
+from gram_engine.checkpoint.folder import DATA_MANIFEST, SOURCE, TEMPLATE, TOKENIZER, iteration_folder
 from gram_engine.config.schema import Config
 from gram_engine.convert.jobs import Job
+from gram_engine.convert.tokenizer_files import prepare_for_conversations, prepare_for_judge_prompts, write_tokenizer
 from gram_engine.data.conversation import Conversation
 from gram_engine.data.samples import label_ids
 from gram_engine.data.template import JudgeTemplate
@@ -45,19 +46,18 @@ def write_hf_metadata_files(job: Job, config: Config, head: str, evaluation: Opt
         evaluation: JSON report to show in the model card.
     """
     path, folder = job.checkpoint, job.folder
-    Tokenizer.load("HuggingFaceTokenizer", path / TOKENIZER).save_pretrained(folder)
-    tokenizer = Tokenizer.load("HuggingFaceTokenizer", folder)
+    tokenizer = Tokenizer.load("HuggingFaceTokenizer", path / TOKENIZER)
     gram = _scalar_rules(path, tokenizer) if head == SCALAR else _judge_rules(path)
+    if head == PAIR_LOGIT:
+        prepare_for_judge_prompts(tokenizer, JudgeTemplate.load(path / TEMPLATE))
+    tokenizer = write_tokenizer(tokenizer, folder, classifier=head != CAUSAL_LM)
     source = _read_json(path / SOURCE / "config.json")
     source.pop("auto_map", None)  # refers to code in the folder that training started from
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     described = hf_config(config.model, str(job.dtype).removeprefix("torch."), *ids.values())
     described |= {name: source[name] for name in (*ids, "initializer_range") if name in source}
     if head != CAUSAL_LM:
-        label = "reward" if head == SCALAR else "A over B"
-        described["architectures"] = [described["architectures"][0].replace("CausalLM", "SequenceClassification")]
-        described |= {"num_labels": 1, "id2label": {"0": label}, "label2id": {label: 0}}
-        described["pad_token_id"] = tokenizer.hf.pad_token_id if tokenizer.hf.pad_token_id is not None else tokenizer.eos_id
+        described |= _classifier_fields(head, described["architectures"][0], tokenizer)
     write_json(folder / "config.json", {**source, **described})
     generation = _read_json(path / SOURCE / "generation_config.json") or {**ids, "do_sample": False}
     if head == CAUSAL_LM:
@@ -66,6 +66,28 @@ def write_hf_metadata_files(job: Job, config: Config, head: str, evaluation: Opt
     write_json(folder / GRAM_CONFIG, {**general, **gram})
     with write_atomically(folder / "README.md") as handle:
         handle.write(_model_card(path, config, head, evaluation))
+
+
+_INPUT = {
+    PAIR_LOGIT: "a judge prompt with both responses (gram_config.json: template); for one response the logit means nothing",
+    SCALAR: "a prompt and one response, as the chat template writes them (gram_config.json: conversation)",
+}
+"""What a classifier has to be given, for its config.json."""
+
+
+def _classifier_fields(head: str, language_model: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """config.json's fields for a classifier with one label."""
+    label = "reward" if head == SCALAR else "A over B"
+    fields = {
+        "architectures": [language_model.replace("CausalLM", "SequenceClassification")],
+        "num_labels": 1,
+        "id2label": {"0": label},
+        "label2id": {label: 0},
+        "pad_token_id": tokenizer.hf.pad_token_id,
+        "gram_input": _INPUT[head],
+    }
+    # Without it, transformers' pipeline and vLLM return the sigmoid of a single logit. That of A over B is p(A | prompt).
+    return fields | ({"problem_type": "regression"} if head == SCALAR else {})
 
 
 def _judge_rules(path: Path) -> dict[str, Any]:
@@ -81,17 +103,10 @@ def _judge_rules(path: Path) -> dict[str, Any]:
 
 
 def _scalar_rules(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """gram_config.json's fields for a scalar head: the conversation format.
-
-    The tokenizer gets a padding token that is not an end-of-text token.
-    """
+    """gram_config.json's fields for a scalar head: the conversation format, which the tokenizer's chat template writes."""
     manifest = read_json(path / DATA_MANIFEST, CheckpointError, "Restore it from another checkpoint of the run.")
     conversation = Conversation.from_dict(manifest.get("conversation"), str(path / DATA_MANIFEST))
-    pad_id = conversation.pad_id(tokenizer)
-    if pad_id != tokenizer.hf.pad_token_id:
-        tokenizer.hf.pad_token = tokenizer.token(pad_id)
-        tokenizer.save_pretrained(tokenizer.path)
-    return {"conversation": conversation.to_dict(), "rule": SCALAR_RULE}
+    return {"conversation": prepare_for_conversations(tokenizer, conversation).to_dict(), "rule": SCALAR_RULE}
 
 
 def read_evaluation(file: str) -> dict[str, Any]:
@@ -108,30 +123,43 @@ def read_evaluation(file: str) -> dict[str, Any]:
     return {name: value for name, value in {**figures, **report}.items() if isinstance(value, (int, float))}
 
 
+_USE = {
+    CAUSAL_LM: "",
+    PAIR_LOGIT: (
+        "`AutoModelForSequenceClassification` loads it too: for a judge prompt (template below) its one logit is Z_A - Z_B, "
+        "the log odds that the response shown first is the better one. **It has to be given a judge prompt with both "
+        "responses:** for a prompt with one response, which is what trainers and leaderboards give to scalar reward models, "
+        "the logit means nothing, and no program notices. "
+    ),
+    SCALAR: (
+        "`AutoModelForSequenceClassification` loads it too: its one logit is the reward of a response, read at the end of "
+        "prompt and response as the chat template writes them. "
+    ),
+}
+"""What the model card says about programs other than gram_engine, for each head."""
+
+
 def _model_card(path: Path, config: Config, head: str, evaluation: Optional[str]) -> str:
     figures = read_evaluation(evaluation) if evaluation else {}
     rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in figures.items())
     measured = f"## Measured\n\n`{evaluation}`:\n\n| figure | value |\n|---|---|\n{rows}\n" if figures else ""
-    use = "Score with `gram score IN.jsonl OUT.jsonl --model THIS_FOLDER`. "
-    if head == PAIR_LOGIT:
-        use += (
-            "`AutoModelForSequenceClassification` loads it too: for a judge prompt (template below) its one logit is "
-            "Z_A - Z_B, the log odds that the response shown first is the better one. "
-        )
     rules = f"Template, label tokens and the order rule are in `{GRAM_CONFIG}`: {ORDER_RULE}."
     if head == SCALAR:
-        use += (
-            "`AutoModelForSequenceClassification` loads it too: its one logit is the reward of a response, read at the end "
-            "of prompt and response. "
-        )
         rules = f"How prompt and response are written is in `{GRAM_CONFIG}` (`conversation`): {SCALAR_RULE}."
     return (
         "---\nlibrary_name: transformers\ntags: [reward-model, gram]\n---\n\n"
         f"# {'Discriminative' if head == SCALAR else 'Generative'} reward model\n\n"
-        f"Trained with gram_engine, objective `{config.training.objective}`, checkpoint `{path.name}`. {use}"
-        f"{rules}\n\n"
-        f"{measured}## Training configuration\n\n```yaml\n{config.to_yaml()}```\n"
+        f"{_origin(path, config)} Score with `gram score IN.jsonl OUT.jsonl --model THIS_FOLDER`. {_USE[head]}{rules}\n\n"
+        f"{measured}## Configuration\n\n```yaml\n{config.to_yaml()}```\n"
     )
+
+
+def _origin(path: Path, config: Config) -> str:
+    """Where the weights come from; those of a checkpoint of step 0 are not trained."""
+    if path.stem != iteration_folder("", 0).name:
+        return f"Trained with gram_engine, objective `{config.training.objective}`, checkpoint `{path.name}`."
+    source = config.model.load_hf or config.checkpoint.pretrained_checkpoint
+    return f"Imported from `{source}`, not trained." if source else "Random initial weights, not trained."
 
 
 def _read_json(path: Path) -> dict[str, Any]:

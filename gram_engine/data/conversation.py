@@ -6,6 +6,7 @@ the data set, the checkpoint and the exported folder, so that scoring builds the
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
@@ -64,19 +65,19 @@ class Conversation:
         return Layout(text, {"prompt": (start, end), "response": (first, first + len(response))})
 
     def pad_id(self, tokenizer: Tokenizer) -> int:
-        """A padding token that does not end a text: transformers reads the reward at the last token that is not padding.
+        """A padding token that does not end a text; raises as `Tokenizer.padding_id`."""
+        return tokenizer.padding_id(self.after)
 
-        Raises:
-            ConfigError: the tokenizer has no such token.
+    def chat_template(self) -> str:
+        """The conversation as a chat template (Jinja), which writes a user's and an assistant's message as `layout` does.
+
+        A conversation of more turns has `between` after each message but the assistant's last one. White space around
+        messages is kept.
         """
-        last = tokenizer.encode(self.after)[-1:]
-        for token in (tokenizer.hf.pad_token_id, tokenizer.hf.unk_token_id, tokenizer.bos_id):
-            if token is not None and [token] != last:
-                return token
-        raise ConfigError(
-            f"{tokenizer.path}: no token is left to pad with, as texts end in the padding token. Set pad_token in "
-            "tokenizer_config.json to another token than the one that ends a text."
-        )
+        before, between, after = (json.dumps(text, ensure_ascii=False) for text in (self.before, self.between, self.after))
+        is_end = "loop.last and message.role == 'assistant'"
+        message = f"{{{{ message.content + ({after} if {is_end} else {between}) }}}}"
+        return f"{{{{ {before} }}}}{{% for message in messages %}}{message}{{% endfor %}}"
 
     def to_dict(self) -> dict:
         """Fields by name."""

@@ -15,6 +15,7 @@ import tokenizers
 
 from gram_engine.data.sentencepiece import fast_tokenizer_of
 from gram_engine.errors import ConfigError, GramError, one_line
+from gram_engine.files import write_json
 
 PINNED_DATE = "26 Jul 2024"
 """The date in chat templates that print one (LLaMA 3.1 and 3.2 print today's): the default of Meta's templates."""
@@ -162,6 +163,22 @@ class Tokenizer:
             )
         return found[0], found[1]
 
+    def padding_id(self, text: str) -> int:
+        """A padding token that does not end `text`: transformers reads a classifier's logit at the last token that is not
+        padding.
+
+        Raises:
+            ConfigError: the tokenizer has no such token.
+        """
+        last = self.encode(text)[-1:]
+        for token in (self.hf.pad_token_id, self.hf.unk_token_id, self.bos_id, self.eos_id):
+            if token is not None and [token] != last:
+                return token
+        raise ConfigError(
+            f"{self.path}: no token is left to pad with, as texts end in the padding token. Set pad_token in "
+            "tokenizer_config.json to another token than the one that ends a text."
+        )
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a Hugging Face tokenizer folder; AutoTokenizer loads it offline and encodes identically.
 
@@ -170,9 +187,24 @@ class Tokenizer:
         """
         assert self.hf is not None, "a tokenizer in a worker process cannot be saved"
         try:
-            self.hf.save_pretrained(str(folder))
+            save_tokenizer(self.hf, folder)
         except Exception as error:  # the tokenizers library has no class of its own for errors of the disk
             raise error if isinstance(error, OSError) else OSError(f"{folder}: {error}") from error
+
+
+def save_tokenizer(hf, folder: str | Path) -> None:
+    """Write a transformers tokenizer so that transformers 4 loads it too, and passes the model no token types.
+
+    transformers 5 writes a class and a form of the extra special tokens that transformers 4 does not have. The class that is
+    written here encodes as tokenizer.json says; the input names are those of LLaMA and Qwen3.
+    """
+    hf.save_pretrained(str(folder))
+    path = Path(folder) / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    write_json(path, config)
 
 
 def _load_hugging_face(path: Path):

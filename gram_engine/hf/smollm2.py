@@ -6,7 +6,6 @@ own GGUF reader needs the package accelerate, and its tokenizer does not split n
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from gram_engine.config.parse import fail
 from gram_engine.config.schema import ModelConfig
+from gram_engine.data.tokenizer import save_tokenizer
 from gram_engine.errors import ConfigError, GramError, one_line
 from gram_engine.files import sha256_of_file, write_json
 from gram_engine.hf.mapping import SINGLE, hf_shapes
@@ -234,7 +234,7 @@ CONTROL = 3
 
 
 def _save_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja for transformers 4 and 5."""
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja."""
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
@@ -253,11 +253,7 @@ def _save_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
         tokenizer_object=backend,
         chat_template=metadata["tokenizer.chat_template"],
         model_max_length=metadata["llama.context_length"],
-        model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
         **{f"{name}_token": words[metadata[f"tokenizer.ggml.{key}_token_id"]] for name, key in _SPECIAL.items()},
     )
-    hf.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    # transformers 5 writes the name of a class that transformers 4 does not have.
-    write_json(path, {**json.loads(path.read_text("utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"})
+    save_tokenizer(hf, folder)
