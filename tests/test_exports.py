@@ -1,6 +1,10 @@
 """Exported folders as other programs read them: tokenizer files, chat template, padding, configuration and model card."""
 
 import json
+import os
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -184,3 +188,39 @@ def test_card_and_configuration_say_what_the_model_is_and_wants(checkpoint, scal
     assert "a prompt with one response" in cards["pair-logit"] and "means nothing" in configs["pair-logit"]["gram_input"]
     assert "means nothing" not in cards["causal-lm"] + cards["scalar"] and "gram_input" not in configs["causal-lm"]
     assert [configs[head].get("problem_type") for head in folders] == [None, None, "regression"]
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_comparison_with_other_programs_tells_equal_from_different(folder, scorer, tmp_path, monkeypatch, capsys):
+    (tmp_path / "exports").mkdir()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "exports" / "random-causal-lm").symlink_to(folder)
+    margins = scorer.margins(ROWS)
+    row = {"tool": "trl", "version": "1", "export": "random-causal-lm", "what": "a test", "texts": ROWS}
+    rows = {
+        "equal": {"found": list(margins)},
+        "other": {"found": [*margins[:-1], margins[-1] + 0.01]},
+        "broken": {"error": "no"},
+    }
+    for name, found in rows.items():
+        (tmp_path / "results" / f"{name}.json").write_text(json.dumps([{**row, **found}]))
+
+    compared = runpy.run_path(str(ROOT / "tools/peers/compare.py"))["main"]
+
+    def compare(*names):
+        monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path), *names])
+        return compared(), capsys.readouterr().out
+
+    status, table = compare("equal")
+    assert status == 0 and "of 3 numbers" in table and "| ok |" in table
+    status, table = compare("equal", "other", "broken", "absent")
+    assert status == 1 and "| ok |" in table and "| 1.0e-02 of 3 numbers" in table and "| DIFFERS |" in table
+    assert "| | no |" in table and "absent" in table and table == (tmp_path / "table.md").read_text()
+
+
+def test_unknown_programs_are_refused_before_anything_is_installed(tmp_path):
+    command = ["bash", "tools/check_peers.sh", tmp_path / "peers", "trl", "nonesuch"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "VENV": sys.prefix}, capture_output=True, text=True)
+    assert done.returncode == 2 and "nonesuch: unknown program" in done.stderr and not (tmp_path / "peers").exists()
