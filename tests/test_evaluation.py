@@ -232,6 +232,9 @@ class InterruptedScorer:
         yield from islice(self.scorer.score_pairs(pairs), 3)
         raise KeyboardInterrupt
 
+    def close(self):
+        self.scorer.close()
+
 
 def test_an_interrupted_evaluation_resumes_with_the_same_lines_and_times_the_rest(folder, scorer, tmp_path, monkeypatch):
     rows = [{"prompt": prompt, "chosen": a, "rejected": b} for prompt, a, b in PAIRS]
@@ -242,10 +245,10 @@ def test_an_interrupted_evaluation_resumes_with_the_same_lines_and_times_the_res
             files=(str(tmp_path / "in.jsonl"),), model=str(folder), output_dir=str(tmp_path / name)
         )
 
-    monkeypatch.setattr(evaluate.EvaluateArguments, "scorer", lambda _: InterruptedScorer(scorer))
+    monkeypatch.setattr(evaluate.EvaluateArguments, "scorer", lambda *_: InterruptedScorer(scorer))
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(arguments("resumed"))
-    monkeypatch.setattr(evaluate.EvaluateArguments, "scorer", lambda _: scorer)
+    monkeypatch.setattr(evaluate.EvaluateArguments, "scorer", lambda *_: scorer)
     assert evaluate.evaluate(arguments("resumed"))["pairs_timed"] == 4
     whole = evaluate.evaluate(arguments("whole"))
     assert whole["pairs_timed"] == 7 and whole["tokens"] > 0
