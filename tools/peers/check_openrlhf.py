@@ -23,12 +23,15 @@ for name in ("flash_attn", "flash_attn.bert_padding", "flash_attn.utils", "flash
     sys.modules[name] = Absent(name)
     sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
 
+import openrlhf.utils.utils  # noqa: E402
 from openrlhf.cli.serve_rm import RewardModelProxy  # noqa: E402
+
+openrlhf.utils.utils.convert_to_torch_dtype = lambda name: torch.float32  # it offers bfloat16 and float16 only
 
 
 def server(folder):
     """What the options of `serve_rm` become."""
-    ds = dict(attn_implementation="eager", experts_implementation=None, param_dtype="fp32", load_in_4bit=False)
+    ds = dict(attn_implementation="eager", experts_implementation=None, param_dtype="bf16", load_in_4bit=False)
     ds |= dict(value_head_prefix="score", packing_samples=False)
     return RewardModelProxy(
         types.SimpleNamespace(
