@@ -1,6 +1,7 @@
 """Real servers with a real model, SmolLM2-135M-Instruct: verdicts over HTTP are those of transformers in this process."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -29,6 +30,15 @@ LONGEST_PAIR = 400
 TOLERANCE = 2e-4
 """Of margins in float32, computed by another program."""
 
+ASKS_FOR_A_SENTENCE = """Question: {prompt}
+
+Answer A: {response_a}
+
+Answer B: {response_b}
+
+Which answer is better? Write "Preferred: A" or "Preferred: B"."""
+"""With gram-code this small model writes no verdict, but only gives the labels probabilities."""
+
 pytestmark = [
     pytest.mark.long,
     pytest.mark.timeout(1800),
@@ -56,7 +66,7 @@ def orders(pairs) -> list[tuple[str, str, str]]:
 class Local:
     """transformers on the folder, in float32, one text at a time."""
 
-    def __init__(self, template: str):
+    def __init__(self, template: str | Path):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.template = JudgeTemplate.load(template)
@@ -131,10 +141,12 @@ def test_log_probabilities_of_llama_cpp(template, tmp_path):
 
 
 @needs("'transformers[serving]'", "fastapi", "uvicorn", "openai", "rich", "accelerate", "typer")
-def test_texts_of_transformers_serve():
-    """It refuses to give log-probabilities: the verdict is read from the text, which is what transformers writes here."""
+def test_texts_of_transformers_serve(tmp_path):
+    """It gives no log-probabilities: the verdict is read from the text, which is what transformers writes here."""
     pairs = short_pairs(12)
-    local = Local("gram-code")
+    template = dataclasses.replace(JudgeTemplate.load("gram-code"), judge_format=ASKS_FOR_A_SENTENCE)
+    (tmp_path / "template.yaml").write_text(template.to_yaml())
+    local = Local(tmp_path / "template.yaml")
     expected = [margin_of_text(local.text(order, 8), "A", "B") for order in orders(pairs)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -157,12 +169,12 @@ def test_texts_of_transformers_serve():
     ]
     options = ServerOptions(server_model=str(FOLDER), server_max_tokens=8, server_concurrency=2)
     with running(serve, "Uvicorn running on ") as address:
-        judge = open_server_judge(address, template=None, options=options)
+        judge = open_server_judge(address, template=str(tmp_path / "template.yaml"), options=options)
         scores = list(judge.score_pairs(pairs))
         usage = judge.usage
         judge.close()
     found = [margin for score in scores for margin in (score.margin, score.swapped_margin)]
     print(f"texts: {expected}, usage {usage}")
     assert found == [margin or 0.0 for margin in expected]
-    assert usage["unparsable"] == expected.count(None) < len(expected)
+    assert usage["unparsable"] == expected.count(None) and {None, CERTAIN, -CERTAIN} == set(expected)
     assert usage["prompt_tokens"] == sum(local.ids(order).shape[1] for order in orders(pairs))
