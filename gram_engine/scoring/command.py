@@ -60,7 +60,7 @@ class ModelArguments:
     def depends_on(self) -> dict[str, Any]:
         """What rewards depend on beside the model's files, for `fingerprint`."""
         template = JudgeTemplate.load(self.template).sha256 if self.template else None
-        server = self.server.depends_on() if is_address(self.model) else None
+        server = {"address": self.model, **self.server.depends_on()} if is_address(self.model) else None
         return {"template": template, "dtype": self.dtype, "seq_length": self.seq_length, "server": server}
 
 
