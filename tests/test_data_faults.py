@@ -281,7 +281,7 @@ FAULTS = [
           8, 100, ("made again",)),
     *(Fault("the run does not fit the data", how, partial(other_run, fault=fault), 1, 1) for fault, how in OTHER_RUNS.items()),
     Fault("bad line in JSONL", "wrong types, nesting, huge numbers, half surrogates, NUL, BOM, other encodings, cut "
-          "lines, names given twice, garbage ...", jsonl_line, 10_000, 100_000,
+          "lines, names given twice, garbage ...", jsonl_line, 3_000, 100_000,
           ("refused with file:line", "still a row"), 0.8),
     Fault("1,000 bad lines among 100 good rows, `--skip-bad-rows`", "as above, through `gram preprocess`", whole_file, 2, 20,
           ("all 100 good rows in .bin",)),

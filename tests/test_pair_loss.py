@@ -85,7 +85,7 @@ def test_low_precision_errs_no_more_than_torch_does(implementation, dtype, hidde
 
 
 def test_gradcheck_in_float64(implementation):
-    x, rows, norm_weight, row_a, row_b, preference = problem(4, 5, tokens=6)
+    x, rows, norm_weight, row_a, row_b, preference = problem(3, 3, tokens=4)
     rows[1] = -1
     direction = direction_of(norm_weight, row_a, row_b).requires_grad_()
     x.requires_grad_()

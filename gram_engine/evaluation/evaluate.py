@@ -73,6 +73,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
         "pairs_in_files": total,
         "pairs_judged": len(pairs),
         "truncated": sum(line["truncated"] for line in lines),
+        "unparsable": sum(line.get("unparsable", 0) for line in lines),
         "tokens": None if None in tokens else sum(tokens),
         **timing,
         "even_rewards_count": suite.ties,

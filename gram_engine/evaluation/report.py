@@ -50,6 +50,8 @@ def report_blocks(report: dict[str, Any], judged: JudgedPairs) -> Iterator[Block
     if report["pairs_judged"] < report["pairs_in_files"]:
         yield f"Only the first {report['pairs_judged']:,} of {report['pairs_in_files']:,} pairs were judged."
     yield f"{report['pairs_judged']:,} pairs, each in both orders; {report['truncated']:,} shortened to fit. {_cost(report)}"
+    if report["unparsable"]:
+        yield f"{report['unparsable']:,} answers of the server held no verdict; they count as even."
     if report["suite"] == "RewardBench 2":
         yield "A response's score is its mean reward against the others: not comparable with the leaderboard's scores."
     yield KeyFigures({name: _number(value) for name, value in report["figures"].items()})

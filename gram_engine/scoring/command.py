@@ -137,6 +137,7 @@ def score_file(arguments: ScoreArguments) -> dict[str, float | None]:
     figures = pair_metrics(*verdicts(lines))
     report = {name: None if np.isnan(value) else value for name, value in figures.items()}
     report["truncated"] = sum(line["truncated"] for line in lines)
+    report["unparsable"] = sum(line.get("unparsable", 0) for line in lines)
     if arguments.report and is_main_process():
         with write_atomically(arguments.report) as handle:
             json.dump(report, handle, indent=1)
