@@ -121,6 +121,7 @@ def group_lives(leader: int) -> bool:
     return True
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_whole_run(tmp_path, capfd):
     """Two variants that share stage 1; every figure of the report comes from commands that really ran."""

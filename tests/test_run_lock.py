@@ -306,6 +306,7 @@ def test_two_runs_on_a_folder_and_a_kill(tiny_data, tmp_path):
     assert "is watched" not in told and "resumed" in told and not (tmp_path / LOCK).exists()
 
 
+@pytest.mark.long
 def test_torchrun_starts_a_killed_run_again(tiny_data, tmp_path):
     flags = ("--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.1")
     launcher = ("-m", "gram_engine.training.launch", *flags)

@@ -26,7 +26,7 @@ from tests.support.hand_made import in_child, in_world, load, save, start_world
 
 def kill_while_saving(lab: Lab) -> Iterator[str]:
     """Saves a new step, with pruning and with leftovers of an earlier kill; then step 2 again, with another state."""
-    for step, seed, every in ((3, 0, 1 if LONG else 4), (2, 1, 1 if LONG else 16)):
+    for step, seed, every in ((3, 0, 1 if LONG else 6), (2, 1, 1 if LONG else 16)):
 
         def task(folder: Path, step=step, seed=seed) -> None:
             (folder / "iter_0000003.1.tmp").mkdir()
@@ -288,7 +288,7 @@ FOLDER_DAMAGE: dict[str, tuple[Callable[[Path], object], int]] = {
 }
 
 FAULTS = (
-    Fault("killed while it saves", "SIGKILL at every call that opens, writes, syncs, renames, removes", 25, kill_while_saving),
+    Fault("killed while it saves", "SIGKILL at every call that opens, writes, syncs, renames, removes", 17, kill_while_saving),
     Fault("killed at any time", "SIGKILL of all processes after a random time", 3, kill_at_random),
     Fault("`--async-save`: writer killed", "SIGKILL at every third call of the writer", 3, kill_the_writer),
     Fault("`--async-save`: disk full", "ENOSPC from every third call of the writer on", 3, full_disk_in_the_writer),
