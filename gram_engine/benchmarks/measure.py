@@ -140,7 +140,8 @@ def in_new_processes(function: Callable, *arguments: Any, count: int = 1, thread
     processes, receivers = [], []
     for rank in range(count):
         receiver, sender = context.Pipe(duplex=False)
-        variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(count), "RANK": str(rank)}
+        variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+        variables |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
         variables = variables if count > 1 else {}
         processes.append(context.Process(target=_send_result, args=(sender, variables, threads, function, arguments)))
         receivers.append(receiver)

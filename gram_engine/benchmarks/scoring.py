@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from gram_engine.benchmarks.command import CallOptions
-from gram_engine.benchmarks.measure import describe, measure
+from gram_engine.benchmarks.measure import describe, in_new_processes, measure
 from gram_engine.benchmarks.results import Row, add_ratios, table, write_rows
 from gram_engine.benchmarks.workload import model_of, write_random_folder
 from gram_engine.config.schema import DataConfig
@@ -22,6 +23,7 @@ from gram_engine.data.readers import read_rows
 from gram_engine.hf.gram_config import GRAM_CONFIG
 from gram_engine.log import log
 from gram_engine.metrics import reward_of_first
+from gram_engine.scoring.processes import Processes
 from gram_engine.scoring.scorer import Dtype, RewardModelScorer
 from gram_engine.scoring.transformers_model import TransformersModel
 
@@ -54,6 +56,8 @@ class Scoring(CallOptions):
     """Batch size of the loop with transformers."""
     dtype: Dtype = "auto"
     """Dtype of the weights; auto: as stored."""
+    processes: int = 0
+    """Also score the pairs by so many processes of one CPU thread each (a GPU each, where there are GPUs), beside one such."""
 
     def run(self) -> None:
         """Measure, print and write."""
@@ -97,7 +101,32 @@ class Scoring(CallOptions):
                 "lists/s",
             ),
         }
-        return [row for task, work in tasks.items() for row in _compare(task, *work, self, scorer, contestants)]
+        rows = [row for task, work in tasks.items() for row in _compare(task, *work, self, scorer, contestants)]
+        return rows + (self._rows_of_processes(folder, pairs, rows[0]) if self.processes > 1 else [])
+
+    def _rows_of_processes(self, folder: Path, pairs: list[tuple[str, str, str]], like: Row) -> list[Row]:
+        rows = []
+        for count in (1, self.processes):
+            seconds = max(in_new_processes(score_own_part, str(folder), self.dtype, pairs, count=count, threads=1))
+            name = f"gram_engine, processes of one thread: {count}"
+            note = f"[{len(pairs) / seconds:,.1f} pairs/s]"
+            task, baseline = f"{like.benchmark}, by processes", "gram_engine, processes of one thread: 1"
+            rows.append(Row(task, name, like.shape, like.dtype, like.device, seconds * 1e3, 1, None, baseline, note=note))
+        add_ratios(rows)
+        return rows
+
+
+def score_own_part(folder: str, dtype: Dtype, pairs: list[tuple[str, str, str]]) -> float:
+    """Seconds in which this process scores its part of the pairs, from the moment at which all are ready."""
+    scorer = RewardModelScorer.from_pretrained(folder, dtype)
+    processes = Processes("benchmark")
+    own = processes.own_part(range(len(pairs)), [sum(map(len, pair)) for pair in pairs])
+    processes.wait_for_all()
+    processes.from_first("start", lambda: None)
+    started = time.perf_counter()
+    for _ in scorer.score_pairs(pairs[number] for number in own):
+        pass
+    return time.perf_counter() - started
 
 
 def _compare(
