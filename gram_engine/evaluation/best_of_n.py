@@ -29,6 +29,7 @@ from gram_engine.log import is_main_process, log
 from gram_engine.metrics import resampling_weights
 from gram_engine.scoring.command import ModelArguments, RankArguments, rank_file
 from gram_engine.scoring.processes import Processes
+from gram_engine.scoring.server.options import is_address
 
 
 @dataclass(kw_only=True)
@@ -194,7 +195,7 @@ def _grouped(pairs: Sequence[Pair]) -> Iterator[Candidates]:
 def _scores(arguments: BestOfNArguments, lists: Sequence[Candidates]) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Scores of all candidates by proxy and oracle, for each prompt [candidates]."""
     folder = Path(arguments.output_dir)
-    is_model = Path(arguments.oracle).is_dir() or arguments.oracle.startswith(("http://", "https://"))
+    is_model = Path(arguments.oracle).is_dir() or is_address(arguments.oracle)
     oracle = None if is_model else [_known_oracle(arguments.oracle, one) for one in lists]
     processes = Processes(str(folder))
     processes.from_first("candidates", lambda: _write_candidates(folder / "candidates.jsonl", lists))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator, Optional, Sequence
@@ -20,8 +19,9 @@ from gram_engine.evaluation.suites import SUITES, read_eval_pairs
 from gram_engine.files import write_json
 from gram_engine.log import is_main_process, log
 from gram_engine.metrics import accuracy, expected_calibration_error, pair_metrics
-from gram_engine.scoring.command import ModelArguments, forget_answers, verdicts
-from gram_engine.scoring.resumable import fingerprint, write_resumable
+from gram_engine.scoring.command import ModelArguments, verdicts, write_judged
+from gram_engine.scoring.resumable import fingerprint
+from gram_engine.scoring.scorer import Judge
 
 
 @dataclass(kw_only=True)
@@ -138,19 +138,16 @@ def _judge(arguments: EvaluateArguments, pairs: Sequence[EvalPair]) -> tuple[lis
     ids, timing = list(pair_ids(pairs)), {"seconds": 0.0, "pairs_timed": 0}
     output = Path(arguments.output_dir) / SCORES
 
-    def make_lines(own: Sequence[EvalPair], numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-        with closing(arguments.scorer(output)) as judge:
-            start = time.perf_counter()
-            scores = judge.score_pairs((pair.prompt, pair.a, pair.b) for pair in own)
-            for pair, number, score in zip(own, numbers, scores, strict=True):
-                yield line_of(pair, ids[number], score)
-            timing.update(seconds=round(time.perf_counter() - start, 3), pairs_timed=len(own))
+    def make_lines(judge: Judge, own: Sequence[EvalPair], numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+        start = time.perf_counter()
+        scores = judge.score_pairs((pair.prompt, pair.a, pair.b) for pair in own)
+        for pair, number, score in zip(own, numbers, scores, strict=True):
+            yield line_of(pair, ids[number], score)
+        timing.update(seconds=round(time.perf_counter() - start, 3), pairs_timed=len(own))
 
     settings = {"suite": arguments.suite, "limit": arguments.limit, **arguments.depends_on()}
     depends_on = fingerprint(arguments.files, arguments.model, evaluation_format=FORMAT, **settings)
-    lines = write_resumable(output, depends_on, pairs, make_lines, "pairs", lambda pair: pair.size)
-    forget_answers(output)
-    return lines, timing
+    return write_judged(arguments, output, depends_on, pairs, make_lines, "pairs", lambda pair: pair.size), timing
 
 
 def _as_rewardbench_writes(report: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from gram_engine.data.readers import read_items, read_rows
 from gram_engine.data.schema import Pair, ResponseList
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.errors import DataError, GramError
-from gram_engine.files import write_atomically
+from gram_engine.files import write_json
 from gram_engine.log import is_main_process, log
 from gram_engine.metrics import pair_metrics
 from gram_engine.scoring.judges import open_judge
@@ -49,7 +49,7 @@ class ModelArguments:
     server: tyro.conf.OmitArgPrefixes[ServerOptions] = field(default_factory=ServerOptions)
 
     def scorer(self, output: Optional[str | Path] = None) -> Judge:
-        """The model, loaded; a server's answers are kept beside `output`, until `forget_answers`."""
+        """The model, loaded; a server's answers are kept beside `output`."""
         server = self.server.keeping_answers_beside(output) if output else self.server
         return open_judge(self.model, **{**self.model_flags(), "server": server})
 
@@ -139,8 +139,7 @@ def score_file(arguments: ScoreArguments) -> dict[str, float | None]:
     report["truncated"] = sum(line["truncated"] for line in lines)
     report["unparsable"] = sum(line.get("unparsable", 0) for line in lines)
     if arguments.report and is_main_process():
-        with write_atomically(arguments.report) as handle:
-            json.dump(report, handle, indent=1)
+        write_json(arguments.report, report)
     return report
 
 
@@ -193,20 +192,31 @@ def _run(
     irrelevant = {"input", "output", "report"} | {name.name for name in fields(ModelArguments)}
     settings = {name.name: getattr(arguments, name.name) for name in fields(arguments) if name.name not in irrelevant}
     depends_on = fingerprint([arguments.input], arguments.model, **arguments.depends_on(), **settings)
+    return write_judged(arguments, arguments.output, depends_on, items, make_lines, unit, size)
+
+
+def write_judged(
+    arguments: ModelArguments,
+    output: str | Path,
+    depends_on: dict[str, Any],
+    items: Sequence[T],
+    make_lines: Callable[[Judge, Sequence[T], Sequence[int]], Iterator[dict[str, Any]]],
+    unit: str,
+    size: Callable[[T], int],
+) -> list[dict[str, Any]]:
+    """`write_resumable` with the judge, opened when it is needed, as the first argument of `make_lines`.
+
+    A server's answers are kept beside `output` until that is complete.
+    """
 
     def lines_of(own: Sequence[T], numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-        with closing(arguments.scorer(arguments.output)) as judge:
+        with closing(arguments.scorer(output)) as judge:
             yield from make_lines(judge, own, numbers)
 
-    lines = write_resumable(arguments.output, depends_on, items, lines_of, unit, size)
-    forget_answers(arguments.output)
-    return lines
-
-
-def forget_answers(output: str | Path) -> None:
-    """Remove the answers of a server that were kept beside an output, which is complete now."""
+    lines = write_resumable(output, depends_on, items, lines_of, unit, size)
     if is_main_process():
         answers_file(output).unlink(missing_ok=True)
+    return lines
 
 
 def _score_lines(scorer: Judge, pairs: Sequence[Pair], _numbers: Sequence[int]) -> Iterator[dict[str, Any]]:

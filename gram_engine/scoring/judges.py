@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import torch
 
@@ -30,10 +30,8 @@ from gram_engine.model.shapes import shape_from_hf
 from gram_engine.platform.device import default_device
 from gram_engine.scoring.judge_model import JudgeModel
 from gram_engine.scoring.scorer import Dtype, Judge, LocalModel, RewardModelScorer, ScalarScorer, default_batch_tokens
+from gram_engine.scoring.server.options import ServerOptions, is_address
 from gram_engine.scoring.transformers_model import TransformersModel
-
-if TYPE_CHECKING:
-    from gram_engine.scoring.server.options import ServerOptions
 
 FAST = {name + head for name in ("Llama", "Qwen3") for head in ("ForCausalLM", "ForSequenceClassification")}
 """Classes of transformers that JudgeModel computes, where it has all features that config.json asks for."""
@@ -66,8 +64,7 @@ def open_judge(
         ConfigError: the model is none of these, or its parts do not fit together; the text names the remedy.
         CheckpointError: its weights are pickles, missing, damaged or not finite.
     """
-    if str(model).startswith(("http://", "https://")):
-        from gram_engine.scoring.server.options import ServerOptions
+    if is_address(str(model)):
         from gram_engine.scoring.server.scorer import open_server_judge
 
         return open_server_judge(str(model), template=template, options=server or ServerOptions(), seq_length=seq_length)

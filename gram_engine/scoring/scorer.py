@@ -287,7 +287,7 @@ class RewardModelScorer(Judge):
             margins = margins[len(samples) :]
 
     def _sample(self, comparison: Comparison) -> Sample:
-        return judge_sample(self.tokenizer, self.template.judge_layout(*comparison), self.max_tokens, "truncate")
+        return sample_of(self.tokenizer, self.gram, comparison, self.max_tokens)
 
     def _run(self, tree: TokenTree) -> np.ndarray:
         margins = self.model.margins(tree).double().cpu().numpy()
@@ -301,11 +301,18 @@ class ScalarScorer(ScalarJudge, RewardModelScorer):
     """A scalar reward model that runs here."""
 
     def _sample(self, text: tuple[str, str]) -> Sample:
-        sample = conversation_sample(self.tokenizer, self.gram.conversation, *text, self.max_tokens, "truncate")
+        sample = super()._sample(text)
         # transformers reads the reward at the last token that is not padding, also where the text itself ends in padding.
         while sample.tokens[-1] == self.gram.pad_id and len(sample.tokens) > 1:
             sample.tokens.pop()
         return sample
+
+
+def sample_of(tokenizer: Tokenizer, gram: GramConfig, text: tuple[str, ...], max_tokens: int) -> Sample:
+    """Tokens of (prompt, response shown as A, response shown as B), or of (prompt, response) for a scalar model."""
+    if gram.conversation is not None:
+        return conversation_sample(tokenizer, gram.conversation, *text, max_tokens, "truncate")
+    return judge_sample(tokenizer, gram.template.judge_layout(*text), max_tokens, "truncate")
 
 
 def default_batch_tokens(device: torch.device) -> int:

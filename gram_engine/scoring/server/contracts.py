@@ -13,10 +13,11 @@ from typing import Annotated, Any, Optional, Protocol
 
 from pydantic import BaseModel, Field, FiniteFloat
 
-from gram_engine.data.samples import conversation_sample, judge_sample
+from gram_engine.data.samples import Sample
 from gram_engine.data.template import JudgeTemplate
 from gram_engine.data.tokenizer import Tokenizer
 from gram_engine.hf.gram_config import GramConfig
+from gram_engine.scoring.scorer import sample_of
 from gram_engine.scoring.server.answers import Answer
 from gram_engine.scoring.server.options import ServerOptions
 from gram_engine.scoring.server.verdict import margin_of_logprobs, margin_of_text
@@ -132,10 +133,8 @@ class _TokenIds:
         if options.server_model:
             self._fields["model"] = options.server_model
 
-    def _sample(self, text: tuple[str, ...]):
-        if self.gram.conversation is not None:
-            return conversation_sample(self.tokenizer, self.gram.conversation, *text, self.gram.seq_length, "truncate")
-        return judge_sample(self.tokenizer, self.gram.template.judge_layout(*text), self.gram.seq_length, "truncate")
+    def _sample(self, text: tuple[str, ...]) -> Sample:
+        return sample_of(self.tokenizer, self.gram, text, self.gram.seq_length)
 
     def adapt(self, refusal: str) -> Optional[str]:
         return None
